@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/urfave/cli/v2"
+
+	"pgthaw/recovery"
+	"pgthaw/repo"
+)
+
+func overlayCommand() *cli.Command {
+	return &cli.Command{
+		Name: "overlay", Usage: "look after a thawed data directory",
+		Subcommands: []*cli.Command{overlayStatusCommand(), overlayResumeCommand(), overlayFinishCommand(), overlayDiscardCommand(), overlayServeCommand()},
+	}
+}
+
+func overlayStatusCommand() *cli.Command {
+	return &cli.Command{
+		Name: "status", Usage: "show how much of a thawed directory is on disk", ArgsUsage: "DIR",
+		Description: "The state is hydrating, hydrated, or lost: then the daemon is gone, and \"pgthaw overlay resume\" takes the directory up again.",
+		Action:      overlayStatus,
+	}
+}
+
+func overlayStatus(c *cli.Context) error {
+	args, err := arguments(c, "DIR")
+	if err != nil {
+		return err
+	}
+	s, err := recovery.Status(c.Context, args[0])
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		return printJSON(c.App.Writer, s)
+	}
+	return printStatus(c.App.Writer, s)
+}
+
+func overlayResumeCommand() *cli.Command {
+	return &cli.Command{
+		Name: "resume", Usage: "take up a thawed directory after a crash or a reboot", ArgsUsage: "DIR",
+		Action: overlayResume,
+	}
+}
+
+func overlayResume(c *cli.Context) error {
+	args, err := arguments(c, "DIR")
+	if err != nil {
+		return err
+	}
+	return recovery.Resume(c.Context, args[0], spawnOverlay(c))
+}
+
+func overlayFinishCommand() *cli.Command {
+	return &cli.Command{
+		Name: "finish", Usage: "copy the rest to disk and take the mount off", ArgsUsage: "DIR",
+		Description: "Afterwards DIR is an ordinary data directory that needs pgthaw no more. PostgreSQL must be stopped for the last step.",
+		Action:      overlayFinish,
+	}
+}
+
+func overlayFinish(c *cli.Context) error {
+	args, err := arguments(c, "DIR")
+	if err != nil {
+		return err
+	}
+	p := newProgress(c)
+	defer p.done()
+	return recovery.Finish(c.Context, args[0], func(g recovery.Progress) { p.update(g.Phase, g.Done, g.Total) })
+}
+
+func overlayDiscardCommand() *cli.Command {
+	return &cli.Command{
+		Name: "discard", Usage: "take the mount off and throw the copy away", ArgsUsage: "DIR",
+		Description: "PostgreSQL must be stopped. The backup in the repository is not touched.",
+		Action:      overlayDiscard,
+	}
+}
+
+func overlayDiscard(c *cli.Context) error {
+	args, err := arguments(c, "DIR")
+	if err != nil {
+		return err
+	}
+	return recovery.Discard(c.Context, args[0])
+}
+
+// overlayServeCommand is the daemon behind a thawed directory. thaw and resume start it.
+func overlayServeCommand() *cli.Command {
+	return &cli.Command{Name: "serve", Hidden: true, ArgsUsage: "DIR", Flags: []cli.Flag{readyFlag()}, Action: overlayServe}
+}
+
+func overlayServe(c *cli.Context) error {
+	args, err := arguments(c, "DIR")
+	if err != nil {
+		return err
+	}
+	open := func(ctx context.Context, url string) (*repo.Repository, error) {
+		return repo.Open(ctx, url, repo.Options{Log: logger(c)})
+	}
+	return announced(c, func(ready func() error) error {
+		return mountFailed(recovery.Serve(c.Context, args[0], open, ready, logger(c)))
+	})
+}
+
+func printStatus(w io.Writer, s recovery.OverlayStatus) error {
+	t := table{{"Directory", s.Target}, {"State", s.State}, {"On disk", onDisk(s)}}
+	if s.Backup != "" {
+		t.row("Backup", s.Backup+" of "+s.Cluster)
+	}
+	if s.PID != 0 {
+		t.row("Daemon", fmt.Sprintf("process %d, %s read from the repository", s.PID, size(s.RepositoryBytesRead)))
+	}
+	if s.ServerPID != 0 {
+		t.row("PostgreSQL", fmt.Sprintf("process %d", s.ServerPID))
+	}
+	switch {
+	case s.LastErrorAt != nil:
+		t.row("Last error", fmt.Sprintf("%s: %s", clock(*s.LastErrorAt), s.LastError))
+	case s.LastError != "":
+		t.row("Last error", s.LastError)
+	}
+	if s.State == "lost" {
+		t.row("Next step", "pgthaw overlay resume "+shellQuote(s.Target))
+	}
+	return t.print(w)
+}
+
+func onDisk(s recovery.OverlayStatus) string {
+	if s.BytesTotal == 0 {
+		return map[bool]string{true: "all of it", false: "not known"}[s.State == "hydrated"]
+	}
+	return fmt.Sprintf("%s of %s (%.0f %%), %d of %d files", size(s.BytesHydrated), size(s.BytesTotal),
+		100*float64(s.BytesHydrated)/float64(s.BytesTotal), s.FilesWhole, s.FilesTotal)
+}

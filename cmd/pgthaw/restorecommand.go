@@ -1,0 +1,30 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+)
+
+// restoreCommandFor is the restore_command that fetches a cluster's WAL with this binary. The server runs it with its own
+// environment and working directory, so it names everything outright.
+func restoreCommandFor(repoURL, cluster string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find this program: %w", err)
+	}
+	words := []string{self, "--repo", repoURL, "wal", "fetch", cluster}
+	for i, w := range words {
+		words[i] = strings.ReplaceAll(shellQuote(w), "%", "%%")
+	}
+	return strings.Join(words, " ") + ` "%f" "%p"`, nil
+}
+
+// shellQuote writes a word so that sh reads it back, quoted only where it must be.
+func shellQuote(s string) string {
+	const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=@+,"
+	if s != "" && strings.Trim(s, plain) == "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}

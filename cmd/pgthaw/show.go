@@ -1,0 +1,82 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strconv"
+
+	"github.com/urfave/cli/v2"
+
+	"pgthaw/repo"
+)
+
+func showCommand() *cli.Command {
+	return &cli.Command{
+		Name: "show", Usage: "show everything about one backup", ArgsUsage: "CLUSTER BACKUP",
+		Description: `BACKUP is an id from "pgthaw list", or latest.`,
+		Action:      show,
+	}
+}
+
+// shown is the manifest, as it lies in the repository, with what can be recovered from it.
+type shown struct {
+	*repo.Manifest
+	Window *window `json:"recoverable"`
+}
+
+func show(c *cli.Context) error {
+	args, err := arguments(c, "CLUSTER", "BACKUP")
+	if err != nil {
+		return err
+	}
+	r, err := openRepository(c)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	m, err := r.Manifest(c.Context, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	w, err := recoverable(c.Context, r, m)
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		return printJSON(c.App.Writer, shown{m, w})
+	}
+	return printShown(c.App.Writer, m, w)
+}
+
+func printShown(w io.Writer, m *repo.Manifest, win *window) error {
+	t := table{
+		{"Backup", m.ID},
+		{"Cluster", m.Cluster},
+		{"Label", m.Label},
+		{"PostgreSQL", m.PGVersion},
+		{"System identifier", strconv.FormatUint(m.SystemIdentifier, 10)},
+		{"Taken from", map[bool]string{true: "a standby", false: "the primary"}[m.FromStandby]},
+		{"Started", clock(m.StartedAt)},
+		{"Stopped", clock(m.StoppedAt)},
+		{"Timeline", m.Timeline.String()},
+		{"Start LSN", fmt.Sprintf("%s, in %s", m.StartLSN, m.WALFirst)},
+		{"Stop LSN", fmt.Sprintf("%s, in %s", m.StopLSN, m.WALLast)},
+		{"Recoverable", fmt.Sprintf("%s (%s) to %s (%s)", clock(win.From.Time), win.From.LSN, clock(win.To.Time), win.To.LSN)},
+		{"Files", strconv.Itoa(m.Files)},
+		{"Size", size(m.SizeBytes)},
+		{"Stored", size(m.StoredBytes)},
+		{"Data checksums", map[bool]string{true: "on", false: "off"}[m.DataChecksums]},
+		{"Data directory", m.DataDirectory},
+		{"Configuration", m.ConfigFile},
+	}
+	for _, s := range m.Tablespaces {
+		t.row("Tablespace", fmt.Sprintf("%d at %s", s.OID, s.Path))
+	}
+	for _, name := range slices.Sorted(maps.Keys(m.Settings)) {
+		t.row("Setting", name+" = "+m.Settings[name])
+	}
+	t.row("Written by", m.Tool)
+	return t.print(w)
+}

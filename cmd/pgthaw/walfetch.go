@@ -1,0 +1,30 @@
+package main
+
+import (
+	"github.com/urfave/cli/v2"
+
+	"pgthaw/recovery"
+)
+
+func walFetchCommand() *cli.Command {
+	return &cli.Command{
+		Name: "fetch", Usage: "answer PostgreSQL's restore_command", ArgsUsage: "CLUSTER FILE PATH",
+		Description: "restore_command = 'pgthaw --repo URL wal fetch CLUSTER \"%f\" \"%p\"'\n" +
+			"Exits 0 with the verified file at PATH, 1 if the repository certainly has neither FILE nor anything later on its\n" +
+			"timeline, and 200 for anything else, which makes PostgreSQL stop instead of promote with what it has.",
+		Action: walFetch,
+	}
+}
+
+func walFetch(c *cli.Context) error {
+	args, err := arguments(c, "CLUSTER", "FILE", "PATH")
+	if err != nil {
+		return err
+	}
+	r, err := openRepository(c)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	return recovery.FetchWAL(c.Context, r, args[0], args[1], args[2])
+}

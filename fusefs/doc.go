@@ -1,0 +1,45 @@
+// Package fusefs shows backups as file systems: read-only, to be looked at (the browser), and writable, to run PostgreSQL
+// on (the overlay). It is the only room that speaks FUSE, by go-fuse.
+//
+// # The browser
+//
+// Browse mounts a repository: clusters, backups, their files, WAL. It builds on go-fuse's fs package. See browse.go.
+//
+// # The overlay
+//
+// Lay makes the bare tree of a backup in the target directory: real directories and links, and for each file that does
+// not lie in the backup's tree itself a placeholder, sparse, of the right size, with an extended attribute that names the
+// lower file and a limit. MountOverlay mounts over the same directory and serves it; Hydrate fills the holes; when no
+// placeholder is left, the directory beneath is an ordinary one. The types to know:
+//
+//   - Overlay: the mount; names.go, attr.go, dir.go and io.go answer the kernel's requests, on go-fuse's RawFileSystem.
+//   - node: an inode that the kernel knows, pinned by an O_PATH descriptor; hard links share one.
+//   - file: a regular file's content; all that decides which byte comes from where is in file.go and holes.go.
+//   - handles: who has it open, and whether the kernel serves it by itself (passthrough).
+//
+// Invariants:
+//
+//   - Below the limit, a hole of the backing file is the lower's bytes; all else is the backing file's. The disk is the only
+//     record: a daemon that is killed loses nothing that a process killed would not.
+//   - A hole that became data stays data. Nothing punches holes while there is a limit, and a fill writes only into what it
+//     finds, under the lock, to be a hole still. fallocate(2) below the limit is refused, for ext4 may write zeros around
+//     what is written into an unwritten extent.
+//   - Blocks given and not written (fiemap: unwritten) are no dependable holes. A power cut leaves some; they are made holes when
+//     a placeholder is first used.
+//   - A block is never data in part: what a write leaves of a block gets the lower's bytes first. An aligned write reads
+//     nothing.
+//   - The limit falls only, and falls before the file is cut. A power cut between the two leaves zeros where bytes were
+//     being cut off, never bytes that come back.
+//   - An attribute goes only after what filled the holes is on disk. Until then the file may well be passthrough: whether a
+//     hole is left is one question, whether the disk knows is another.
+//   - Passthrough is for files without holes, and never beside a cached handle of the same inode: the kernel answers EIO to
+//     such an open.
+//   - What the repository cannot give, or what it gives and cannot be verified, is EIO, and nothing else.
+//
+// Locks, in the order in which they are taken: handles.mu, file.content; file.lowerMu with neither held. nodes.mu,
+// dirHandles.mu, traffic.mu, hydrator.mu, rate.mu and faults.mu are leaves. dirHandle.mu is taken before nodes.mu. Only
+// lowerMu is held while the repository is read, by those who want the same lower file.
+//
+// What is not promised: extended attributes, O_TMPFILE, FALLOC_FL_PUNCH_HOLE and its like on placeholders, SEEK_HOLE
+// (all is data). syncfs(2) on the mount does not reach us; OverlayOptions.SyncBefore stands in for PostgreSQL's use of it.
+package fusefs

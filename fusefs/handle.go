@@ -1,0 +1,123 @@
+package fusefs
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// How an open handle is served. It is the handle's number for the kernel, which gives it back at RELEASE.
+const (
+	cached  = 1 // READ and WRITE come to us; the kernel's page cache of our inode holds what was read
+	through = 2 // passthrough: the kernel reads and writes the backing file
+)
+
+// handles is who has a regular file open. All share one backing descriptor.
+//
+// The kernel answers EIO to an open that mixes cached and passthrough handles on one inode, so the mode is decided here,
+// under mu, and a handle counts from then until its RELEASE. The kernel leaves its own mode before it sends RELEASE, so
+// ours is never the laxer count.
+type handles struct {
+	fd atomic.Int32 // the backing descriptor, O_RDWR where permissions allow; valid while users > 0
+
+	mu      sync.Mutex // held over open(2) and ioctl(2) of local files only
+	users   int        // handles, and whoever else uses fd
+	cached  int        // handles
+	through int        // handles
+	backing int32      // the kernel's id of fd, while through > 0
+	stale   bool       // passthrough handles may have changed what the kernel's page cache of our inode holds
+}
+
+// acquire returns the backing descriptor, and keeps it open until release.
+func (h *handles) acquire(name string) (int, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.users == 0 {
+		fd, err := openBacking(name)
+		if err != nil {
+			return -1, err
+		}
+		h.fd.Store(int32(fd))
+	}
+	h.users++
+	return int(h.fd.Load()), nil
+}
+
+// openBacking opens for reading and writing whatever the handle's own mode is, as passthrough needs it. The owner of a
+// file that is not writable can only read it, and so can whoever asked: the kernel has compared the permissions.
+func openBacking(name string) (int, error) {
+	fd, err := unix.Open(name, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.EACCES) {
+		fd, err = unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	}
+	if err != nil {
+		return -1, fmt.Errorf("open the backing file: %w", err)
+	}
+	return fd, nil
+}
+
+func (h *handles) release() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.users--; h.users == 0 {
+		unix.Close(int(h.fd.Load()))
+	}
+}
+
+// add decides how a new handle of an acquired file is served. register gives the kernel the backing descriptor and
+// returns its id; nil: passthrough is out of the question.
+func (h *handles) add(register func(fd int) (int32, bool)) fuse.OpenOut {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if register != nil && h.cached == 0 && h.passOn(register) {
+		h.through++
+		h.stale = true
+		return fuse.OpenOut{Fh: through, OpenFlags: fuse.FOPEN_PASSTHROUGH, BackingID: h.backing}
+	}
+	h.cached++
+	out := fuse.OpenOut{Fh: cached, OpenFlags: fuse.FOPEN_KEEP_CACHE}
+	if h.stale {
+		h.stale, out.OpenFlags = false, 0
+	}
+	return out
+}
+
+// passOn tells whether the backing descriptor is known to the kernel. Caller holds mu.
+func (h *handles) passOn(register func(fd int) (int32, bool)) bool {
+	if h.through > 0 {
+		return true
+	}
+	id, ok := register(int(h.fd.Load()))
+	h.backing = id
+	return ok
+}
+
+// remove takes a handle away. unregister undoes register.
+func (h *handles) remove(mode uint64, unregister func(id int32)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if mode != through {
+		h.cached--
+		return
+	}
+	if h.through--; h.through == 0 {
+		unregister(h.backing)
+	}
+}
+
+// close ends the file when nobody can ask for it any more.
+func (f *file) close() {
+	f.open.mu.Lock()
+	defer f.open.mu.Unlock()
+	if f.open.users > 0 {
+		unix.Close(int(f.open.fd.Load()))
+		f.open.users = 0
+	}
+}
+
+// descriptor is the backing descriptor, for whoever holds it open by a handle.
+func (h *handles) descriptor() int { return int(h.fd.Load()) }

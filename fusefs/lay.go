@@ -1,0 +1,256 @@
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"pgthaw/repo"
+)
+
+// Owner is a user and a group by number.
+type Owner struct{ UID, GID uint32 }
+
+// LayOptions of Lay. Paths given to the functions are those in the backup: "pgdata/PG_VERSION". The zero value works.
+type LayOptions struct {
+	Owner  *Owner                           // of everything that is made; nil: whoever runs this
+	Link   func(path, target string) string // where a symbolic link shall lead; nil: where it led
+	Rename func(path string) string         // a file's place, relative to the directory, if it has another one than in the backup; else ""
+	Skip   func(path string) bool           // leave this and all below it out
+}
+
+// LayResult is what was laid.
+type LayResult struct {
+	Files      int   // regular files
+	LowerBytes int64 // of placeholders: what hydration will write
+}
+
+// Lay makes the bare tree of the backup's directory root ("pgdata", "tablespaces/16385") in the existing, empty
+// directory dir: directories, symbolic links, files that lie in the backup's tree whole, and all other files as
+// placeholders, sparse and of the right size. It is on disk when Lay returns.
+func Lay(ctx context.Context, b *repo.Backup, root, dir string, o LayOptions) (LayResult, error) {
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return LayResult{}, fmt.Errorf("open %s: %w", dir, err)
+	}
+	defer unix.Close(fd)
+	if err := checkHoles(fd); err != nil {
+		return LayResult{}, fmt.Errorf("lay %s: %w", dir, err)
+	}
+	top, err := b.Stat(ctx, root)
+	if err != nil {
+		return LayResult{}, fmt.Errorf("lay %s: %w", dir, err)
+	}
+	l := layer{b: b, o: o, root: root, top: fd}
+	l.g, l.ctx = errgroup.WithContext(ctx)
+	l.g.SetLimit(max(2, runtime.NumCPU()))
+	l.g.Go(func() error { return l.dir(fd, root, top) })
+	if err := l.g.Wait(); err != nil {
+		return LayResult{}, fmt.Errorf("lay %s: %w", dir, err)
+	}
+	if err := unix.Syncfs(fd); err != nil {
+		return LayResult{}, fmt.Errorf("sync the file system of %s: %w", dir, err)
+	}
+	return LayResult{Files: int(l.files.Load()), LowerBytes: l.lower.Load()}, nil
+}
+
+// layer is one run of Lay.
+type layer struct {
+	b    *repo.Backup
+	o    LayOptions
+	ctx  context.Context
+	g    *errgroup.Group
+	root string // in the backup
+	top  int    // the directory that root is laid in
+
+	files, lower atomic.Int64
+}
+
+// layBatch is how many files of one directory a worker makes: some milliseconds of work.
+const layBatch = 256
+
+// spread calls fn in a worker if one is free, here if not.
+func (l *layer) spread(wg *sync.WaitGroup, fn func() error) error {
+	wg.Add(1)
+	if l.g.TryGo(func() error { defer wg.Done(); return fn() }) {
+		return nil
+	}
+	defer wg.Done()
+	return fn()
+}
+
+// dir makes what the backup's directory name holds in the directory fd, and then gives fd the attributes of e, for
+// making entries changes a directory's times.
+func (l *layer) dir(fd int, name string, e repo.Entry) error {
+	entries, err := l.b.ReadDir(l.ctx, name)
+	if err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	err = l.entries(&wg, fd, name, entries)
+	wg.Wait()
+	if err != nil {
+		return err
+	}
+	if err := l.attributes(fd, ".", e); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+func (l *layer) entries(wg *sync.WaitGroup, fd int, name string, entries []repo.Entry) error {
+	for len(entries) > 0 {
+		batch := entries[:min(layBatch, len(entries))]
+		entries = entries[len(batch):]
+		err := l.spread(wg, func() error {
+			for _, e := range batch {
+				if err := l.entry(wg, fd, path.Join(name, e.Name), e); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *layer) entry(wg *sync.WaitGroup, fd int, name string, e repo.Entry) error {
+	if err := l.ctx.Err(); err != nil {
+		return err
+	}
+	if l.o.Skip != nil && l.o.Skip(name) {
+		return nil
+	}
+	var err error
+	switch {
+	case e.IsDir():
+		err = l.mkdir(wg, fd, name, e)
+	case e.Link != "":
+		err = l.symlink(fd, name, e)
+	default:
+		err = l.file(fd, name, e)
+	}
+	if err != nil {
+		return fmt.Errorf("make %s: %w", name, err)
+	}
+	return nil
+}
+
+func (l *layer) mkdir(wg *sync.WaitGroup, parent int, name string, e repo.Entry) error {
+	if err := unix.Mkdirat(parent, e.Name, 0o700); err != nil {
+		return err
+	}
+	fd, err := unix.Openat(parent, e.Name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	return l.spread(wg, func() error {
+		defer unix.Close(fd)
+		return l.dir(fd, name, e)
+	})
+}
+
+func (l *layer) symlink(parent int, name string, e repo.Entry) error {
+	target := e.Link
+	if l.o.Link != nil {
+		target = l.o.Link(name, target)
+	}
+	if err := unix.Symlinkat(target, parent, e.Name); err != nil {
+		return err
+	}
+	return l.attributes(parent, e.Name, e)
+}
+
+// file makes a regular file: whole if its bytes are at hand or nobody could write to it later, else a placeholder.
+func (l *layer) file(parent int, name string, e repo.Entry) error {
+	parent, at, err := l.place(parent, name, e)
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Openat(parent, at, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	l.files.Add(1)
+	content, whole := e.Inline()
+	if !whole && e.Mode.Perm()&0o200 == 0 {
+		whole = true
+		content, err = l.read(e)
+	}
+	if err == nil && whole {
+		_, err = pwriteFull(fd, content, 0)
+	} else if err == nil {
+		err = l.placeholder(fd, name, e)
+	}
+	if err != nil {
+		return err
+	}
+	return l.attributes(parent, at, e)
+}
+
+// place tells in which directory and by which name a file is made; a moved file's directory is made if need be.
+func (l *layer) place(parent int, name string, e repo.Entry) (dirfd int, at string, err error) {
+	if l.o.Rename == nil {
+		return parent, e.Name, nil
+	}
+	at = l.o.Rename(name)
+	if at == "" || at == name {
+		return parent, e.Name, nil
+	}
+	if err := unix.Mkdirat(l.top, path.Dir(at), 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
+		return 0, "", err
+	}
+	return l.top, at, nil
+}
+
+func (l *layer) placeholder(fd int, name string, e repo.Entry) error {
+	if err := unix.Ftruncate(fd, e.Size); err != nil {
+		return err
+	}
+	l.lower.Add(e.Size)
+	return placeholder{limit: e.Size, path: name}.write(fd)
+}
+
+func (l *layer) read(e repo.Entry) ([]byte, error) {
+	f, err := l.b.Open(l.ctx, e)
+	if err != nil {
+		return nil, err
+	}
+	p := make([]byte, e.Size)
+	return p, readFull(f, p, 0)
+}
+
+// attributes gives a file its owner, permissions and time of change. chown(2) clears set-user-ID bits: it comes first.
+func (l *layer) attributes(parent int, name string, e repo.Entry) error {
+	if o := l.o.Owner; o != nil {
+		if err := unix.Fchownat(parent, name, int(o.UID), int(o.GID), unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return err
+		}
+	}
+	if e.Link == "" {
+		if err := unix.Fchmodat(parent, name, uint32(e.Mode.Perm()), 0); err != nil {
+			return err
+		}
+	}
+	return setTimes(parent, name, e.ModTime)
+}
+
+func setTimes(parent int, name string, modified time.Time) error {
+	ts, err := unix.TimeToTimespec(modified)
+	if err != nil {
+		return err
+	}
+	return unix.UtimesNanoAt(parent, name, []unix.Timespec{ts, ts}, unix.AT_SYMLINK_NOFOLLOW)
+}

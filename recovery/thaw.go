@@ -1,0 +1,125 @@
+package recovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"pgthaw/fusefs"
+	"pgthaw/repo"
+)
+
+// ThawOptions are those of Thaw.
+type ThawOptions struct {
+	Options
+	Hydrate string // "", "auto", "off", or a rate: "50MB" a second
+
+	// SpawnDaemon starts a process that calls Serve for dir, and returns when that is ready.
+	SpawnDaemon func(ctx context.Context, dir string) error
+}
+
+// Thaw makes a backup a writable data directory that is read from the repository as it is needed, and starts PostgreSQL
+// in it if asked to. Until its daemon runs, a failure removes again what was made.
+func Thaw(ctx context.Context, r *repo.Repository, o ThawOptions) (Result, error) {
+	mode, err := parseHydration(o.Hydrate)
+	if err != nil {
+		return Result{}, err
+	}
+	j, err := prepare(ctx, r, o.Options)
+	if err != nil {
+		return Result{}, err
+	}
+	if !mode.off {
+		need := make([]int64, len(j.roots))
+		need[0] = j.route.Manifest.SizeBytes
+		if err := checkSpace(j.roots, need); err != nil {
+			return Result{}, withHint(err, "Hydration needs that much; --hydrate off copies only what is touched.")
+		}
+	}
+	before := r.ReadBytes()
+	err = j.lay(ctx, o.Hydrate)
+	if err == nil {
+		err = o.SpawnDaemon(ctx, j.dir())
+	}
+	if err != nil {
+		return Result{}, errors.Join(err, j.unlay())
+	}
+	res := j.result()
+	res.MountedMS = j.since()
+	res.ReadBytes = r.ReadBytes() - before
+	j.recovered = func(ctx context.Context) { j.releaseHydration(ctx) }
+	return res, j.startServer(ctx, &res)
+}
+
+// lay makes the bare directories with all that is ours in them. Lay syncs the file system when it is done.
+func (j *job) lay(ctx context.Context, hydrate string) error {
+	if err := makeRoots(ctx, j.roots, j.backup, j.owner); err != nil {
+		return err
+	}
+	m := j.route.Manifest
+	err := writeRecord(j.dir(), record{
+		Version: recordVersion, Target: j.dir(), Repository: j.r.URL(),
+		Cluster: m.Cluster, Backup: m.ID, Hydrate: hydrate, Roots: j.roots,
+	})
+	if err == nil && j.start != nil {
+		err = os.WriteFile(filepath.Join(j.dir(), holdName), nil, 0o600)
+	}
+	if err == nil {
+		err = j.writeConfiguration()
+	}
+	if err != nil {
+		return err
+	}
+	o := j.layOptions()
+	for _, r := range j.roots {
+		if _, err := fusefs.Lay(ctx, j.backup, r.Path, r.Dir, o); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (j *job) layOptions() fusefs.LayOptions {
+	o := fusefs.LayOptions{
+		Link: func(path, target string) string { return relink(j.roots, path, target) },
+		Rename: func(path string) string {
+			if path == "pgdata/"+versionFile {
+				return movedVersion
+			}
+			return ""
+		},
+		Skip: func(path string) bool {
+			dir, name := filepath.Split(path)
+			return dir == "pgdata/" && j.conf.replaces(name)
+		},
+	}
+	if j.owner.foreign() {
+		o.Owner = &fusefs.Owner{UID: uint32(j.owner.uid), GID: uint32(j.owner.gid)}
+	}
+	return o
+}
+
+// unlay takes back what lay made. A daemon that failed has taken its mount off; if it has not, nothing is removed
+// through it.
+func (j *job) unlay() error {
+	for _, r := range j.roots {
+		ours, _, err := fusefs.IsMount(r.Dir)
+		if err == nil && ours {
+			err = fusefs.ForceUnmount(r.Dir)
+		}
+		if err != nil {
+			return fmt.Errorf("remove %s: %w", r.Dir, err)
+		}
+	}
+	return emptyRoots(j.roots)
+}
+
+// releaseHydration lets the daemon fill the directory, now that recovery has ended without its competition for the disk. It
+// begins by itself after holdLimit: a recovery that takes hours goes on beside it.
+func (j *job) releaseHydration(ctx context.Context) {
+	if _, err := ask(ctx, j.dir(), commandHydrate); err != nil {
+		j.Log.Warn("could not tell the overlay's daemon to hydrate", "target", j.dir(), "error", err)
+	}
+}

@@ -1,0 +1,35 @@
+package recovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// neverWritten is a WAL file that no repository has: the history of the last timeline there can be.
+const neverWritten = "FFFFFFFF.history"
+
+// tryRestoreCommand runs restore_command as the server will run it, as its user, before anything is written: a repository,
+// or a pgthaw, that this user cannot get at would otherwise show only when recovery stops.
+func (j *job) tryRestoreCommand(ctx context.Context) error {
+	if j.RestoreCommand == "" || !j.owner.foreign() {
+		return nil
+	}
+	into := filepath.Join("/", neverWritten) // nothing is written there
+	text := strings.NewReplacer("%f", neverWritten, "%p", into, "%%", "%").Replace(j.RestoreCommand)
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", text)
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: j.owner.credential()}
+	out, err := cmd.CombinedOutput()
+	var exit *exec.ExitError
+	if err == nil || errors.As(err, &exit) && exit.ExitCode() == 1 {
+		return nil
+	}
+	return withHint(
+		fmt.Errorf("%w: as user %s, restore_command fails: %w\n%s", ErrServer, j.owner.name, err, strings.TrimSpace(string(out))),
+		fmt.Sprintf("Give that user access to the repository (chown -R %s) and to the pgthaw program, or run this command as that user.", j.owner.name))
+}

@@ -1,0 +1,96 @@
+package recovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"pgthaw/repo"
+	"pgthaw/repo/pg"
+)
+
+// FetchWAL answers restore_command: it puts the WAL file called name, verified and whole, at path. It may be asked for
+// the same file again.
+//
+// repo.ErrNoWAL means that recovery may end here: the repository was listed, has no such file, and nothing that comes
+// later on that timeline. Whatever else keeps the file from its place, a gap too, is another error: PostgreSQL takes an
+// exit of 1 for the end of WAL, and promotes (xlogarchive.c).
+func FetchWAL(ctx context.Context, r *repo.Repository, cluster, name, path string) error {
+	n, err := pg.ParseWALName(name)
+	if err != nil {
+		return err
+	}
+	content, err := r.WAL(ctx, cluster, n)
+	if errors.Is(err, repo.ErrNoWAL) {
+		content, err = standIn(ctx, r, cluster, n)
+	}
+	if err != nil {
+		return err
+	}
+	return putInPlace(path, content)
+}
+
+// standIn is called when a file seems to be absent. It returns what may be given in its stead, or makes sure.
+func standIn(ctx context.Context, r *repo.Repository, cluster string, n pg.WALName) ([]byte, error) {
+	a, err := openArchive(ctx, r, cluster)
+	if err != nil {
+		return nil, err
+	}
+	if n.Kind != pg.WALSegment {
+		return nil, a.absent(n)
+	}
+	no, err := n.SegmentNo(a.size)
+	if err != nil {
+		return nil, err
+	}
+	s := segment{n.Timeline, no}
+	if file, ok := a.find(s); ok && file.Kind == pg.WALPartial {
+		return r.WAL(ctx, cluster, file)
+	}
+	if newest, ok := a.newest[s.timeline]; ok && newest >= no {
+		return nil, fmt.Errorf("gap in the WAL: %s is missing, but the repository has %s",
+			n, a.segmentName(segment{s.timeline, newest}))
+	}
+	return nil, a.absent(n)
+}
+
+// absent is ErrNoWAL, unless the listing has the file that could not be read.
+func (a *archive) absent(n pg.WALName) error {
+	if n.Kind == pg.WALHistory && a.histories[n.Timeline] {
+		return fmt.Errorf("%s is listed in the repository but cannot be read", n)
+	}
+	return fmt.Errorf("%s of %s: %w", n, a.cluster, repo.ErrNoWAL)
+}
+
+// walTemp is how PostgreSQL's own unfinished files in pg_wal begin: what a crash leaves, it removes at its next start
+// (RemoveTempXlogFiles).
+const walTemp = "xlogtemp.pgthaw-"
+
+// putInPlace writes content durably at path, in one step: whoever finds a file there finds all of it.
+func putInPlace(path string, content []byte) error {
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, walTemp+"*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(content)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,0 +1,27 @@
+// Package repo is the repository: backups of PostgreSQL clusters and their WAL, as immutable objects in a store.
+//
+// Its format is docs/format.md; each type names its section there. The types to know:
+//
+//	Repository    an open repository; Init and Open make one
+//	Manifest      what a backup says of itself; Backups, Manifest
+//	Backup, File  a backup open for reading: a tree of Entries, files as io.ReaderAt; OpenBackup
+//	BackupWriter  the writing side, inside WriteBackup, which publishes all or nothing
+//	WALHead       a WAL file without its bytes; PutWAL, WAL, WALNames
+//
+// What always holds:
+//
+//   - An object, once put, never changes. A backup exists when its manifest does, and all that it needs was durable before.
+//   - No byte leaves this room before the digest that names it was compared. What cannot be verified is a *CorruptError.
+//   - Opening a backup costs one manifest, a file one map, a page one range of one pack, however large the cluster is.
+//   - Memory is bounded by the caches' sizes, the packs in hand and the entries of a directory tree; it does not grow with
+//     the bytes of a cluster.
+//
+// On its way in, a file passes through three files of this package: writer.go takes its bytes and cuts them into windows of
+// 16 pages; filejob.go has workers digest them, compare them with prior.go's view of the backup before, and place
+// them; pack.go compresses chunks and fills packs, which are put beside. On its way out it passes through tree.go, filemap.go
+// and reader.go.
+//
+// Locks, in the order in which they may be taken: fileJob.mu, packer.mu, packWriters.mu; chunkIndex.mu, liveBytes.mu and
+// cache.mu are leaves. fileJob.mu is held while a chunk of loose pages is compressed, packer.mu while a full pack waits
+// for an upload to begin: that is what bounds memory. No other lock is held over I/O.
+package repo

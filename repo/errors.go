@@ -1,0 +1,50 @@
+package repo
+
+import (
+	"errors"
+	"fmt"
+)
+
+// What a caller acts on. Anything else that comes out of this room is the store's own error.
+var (
+	ErrNoRepository     = errors.New("no repository")
+	ErrRepositoryExists = errors.New("a repository exists already")
+	ErrNotEmpty         = errors.New("holds something that is not a pgthaw repository")
+	ErrNoCluster        = errors.New("no such cluster in the repository")
+	ErrOtherCluster     = errors.New("this name belongs to another PostgreSQL cluster")
+	ErrNoBackup         = errors.New("no such backup")
+	ErrNoWAL            = errors.New("no such WAL file in the repository")
+	ErrWALConflict      = errors.New("another WAL file of the same name is in the repository")
+	ErrCorrupt          = errors.New("repository damaged")
+)
+
+// CorruptError says which object cannot be believed. Its errors.Is is ErrCorrupt.
+type CorruptError struct {
+	Object         string // key in the store
+	Offset, Length int64  // bytes within the object; 0, 0: the object as a whole
+	Detail         string
+}
+
+func (e *CorruptError) Error() string {
+	if e.Length == 0 {
+		return fmt.Sprintf("%s: %s is damaged: %s", ErrCorrupt, e.Object, e.Detail)
+	}
+	return fmt.Sprintf("%s: %s is damaged at %d+%d: %s", ErrCorrupt, e.Object, e.Offset, e.Length, e.Detail)
+}
+
+// Is makes every CorruptError an ErrCorrupt.
+func (e *CorruptError) Is(target error) bool { return target == ErrCorrupt }
+
+// FormatError says that an object was written by a newer pgthaw.
+type FormatError struct {
+	Object  string
+	Version int
+}
+
+func (e *FormatError) Error() string {
+	return fmt.Sprintf("%s has format version %d; this pgthaw reads version %d", e.Object, e.Version, formatVersion)
+}
+
+func corrupt(object, format string, args ...any) error {
+	return &CorruptError{Object: object, Detail: fmt.Sprintf(format, args...)}
+}

@@ -1,0 +1,155 @@
+package repo
+
+import (
+	"bytes"
+	"encoding/json"
+	"reflect"
+	"testing"
+	"time"
+
+	"pgthaw/repo/pg"
+)
+
+// Every decoder of bytes that come from a store: no panic, memory bounded by the input, and what decodes encodes back
+// to something that decodes to the same.
+
+func FuzzFileMap(f *testing.F) {
+	ref := Ref{Pack: PackID{1}, Offset: 32, Length: 100, ID: ID{2}}
+	f.Add((&fileMap{size: 20 * PageSize, chunks: []Ref{ref, {Pack: PackID{1}, Offset: 132, Length: 5, ID: ID{3}}},
+		extents: []extent{{0, 0, 16}, {zeros, 0, 3}, {1, 2, 1}}}).appendTo(nil))
+	f.Add((&fileMap{}).appendTo(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := decodeFileMap(b)
+		if err != nil {
+			return
+		}
+		again, err := decodeFileMap(m.appendTo(nil))
+		if err != nil || !reflect.DeepEqual(m, again) {
+			t.Errorf("%+v encodes to %+v, %v", m, again, err)
+		}
+	})
+}
+
+func FuzzTree(f *testing.F) {
+	b, err := encodeTree([]Entry{
+		{Name: "PG_VERSION", Mode: 0o600, Size: 3, ModTime: time.Unix(5, 0), content: content{kind: contentInline, bytes: []byte("15\n")}},
+		{Name: "pg_wal", Mode: 0o700 | 1<<31, content: content{kind: contentTree, ref: Ref{Offset: 32}}},
+		{Name: "x", Mode: 0o600, Size: 1 << 24, content: content{kind: contentWAL, wal: pg.WALName{Timeline: 1, Seg: 2}}},
+	})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		list, err := decodeTree(b)
+		if err != nil {
+			return
+		}
+		encoded, err := encodeTree(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := decodeTree(encoded)
+		if err != nil || !reflect.DeepEqual(list, again) {
+			t.Errorf("%+v encodes to %+v, %v", list, again, err)
+		}
+	})
+}
+
+func FuzzTOC(f *testing.F) {
+	var toc packTOC
+	toc.add(pieceChunk, 10, PageSize+1, ID{1}, make([]byte, 2*pageDigestSize))
+	toc.add(pieceMap, 20, 30, ID{2}, nil)
+	f.Add(toc.appendTo(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		toc, err := decodeTOC(b)
+		if err != nil {
+			return
+		}
+		again, err := decodeTOC(toc.appendTo(nil))
+		if err != nil || !reflect.DeepEqual(toc, again) {
+			t.Errorf("%+v encodes to %+v, %v", toc, again, err)
+		}
+	})
+}
+
+func FuzzPackList(f *testing.F) {
+	f.Add([]byte{0})
+	f.Add(append(append([]byte{1}, make([]byte, 16)...), 100, 10, 50))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if uses, err := decodePackList(b); err == nil && len(uses) > len(b) {
+			t.Errorf("%d packs in %d bytes", len(uses), len(b))
+		}
+	})
+}
+
+func FuzzManifest(f *testing.F) {
+	m := testManifest()
+	m.document = document{manifestKind, formatVersion}
+	b, err := marshalDocument(&m)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var m Manifest
+		if unmarshalDocument("x", b, manifestKind, &m) != nil {
+			return
+		}
+		again, err := marshalDocument(&m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var m2 Manifest
+		if err := unmarshalDocument("x", again, manifestKind, &m2); err != nil || !reflect.DeepEqual(m, m2) {
+			t.Errorf("%+v encodes to %+v, %v", m, m2, err)
+		}
+	})
+}
+
+// FuzzPack opens the end of a pack and each of its pieces: whatever the bytes, an error or verified content.
+func FuzzPack(f *testing.F) {
+	codec, err := newCodec()
+	if err != nil {
+		f.Fatal(err)
+	}
+	r := &Repository{codec: codec, digests: newDigester([keySize]byte{1})}
+	var toc packTOC
+	toc.add(pieceMap, 20, 30, ID{2}, nil)
+	content := toc.appendTo(nil)
+	id, _ := r.digests.sum(content, nil)
+	frame := codec.compress(nil, content)
+	tail := append(bytes.Clone(frame), 32, 0, 0, 0, byte(len(frame)), 0, 0, 0)
+	f.Add(append(append(tail, id[:]...), packTrailerEnd...))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) < packTrailerSize {
+			return
+		}
+		if toc, err := r.parseTOC(PackID{1}, b, 32); err == nil && len(toc.kinds) > len(b) && len(b) < 100 {
+			t.Errorf("%d pieces in %d bytes", len(toc.kinds), len(b))
+		}
+		chunk := make([]byte, 0, ChunkSize)
+		if _, err := r.decodeChunk(Ref{}, b, chunk); err == nil {
+			t.Error("a chunk without its digest was believed")
+		}
+	})
+}
+
+func FuzzWALHead(f *testing.F) {
+	codec, err := newCodec()
+	if err != nil {
+		f.Fatal(err)
+	}
+	r := &Repository{codec: codec, digests: newDigester([keySize]byte{1})}
+	name := pg.WALName{Kind: pg.WALHistory, Timeline: 2}
+	text, _ := json.Marshal(walHead{Cluster: "main", Name: name.String(), Size: 5, Blocks: []walBlock{{Length: 20}}})
+	f.Add(text)
+	f.Fuzz(func(t *testing.T, text []byte) {
+		id, _ := r.digests.sum(text, nil)
+		start := append(make([]byte, 16), id[:]...)
+		h, err := r.parseWALHead("x", "main", name, start, text)
+		if err == nil && len(h.offsets) != len(h.Blocks)+1 {
+			t.Errorf("%+v", h)
+		}
+	})
+}

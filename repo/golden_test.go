@@ -1,0 +1,134 @@
+package repo
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"pgthaw/repo/pg"
+)
+
+var update = flag.Bool("update", false, "write testdata/v1 and the example in docs/format.md anew; only while version 1 is unreleased")
+
+const goldenDir = "testdata/v1/repository"
+
+// TestGolden reads a repository that an earlier build wrote: every kind of object, every kind of content.
+func TestGolden(t *testing.T) {
+	if *update {
+		writeGolden(t)
+	}
+	r, err := Open(t.Context(), goldenDir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	checkClean(t, r)
+	all, err := r.Backups(t.Context(), "main")
+	if err != nil || len(all) != 2 {
+		t.Fatalf("%d backups, %v", len(all), err)
+	}
+	first, second := goldenFiles()
+	checkFiles(t, r.OpenBackup(all[0]), first)
+	checkFiles(t, r.OpenBackup(all[1]), second)
+	got, err := r.WAL(t.Context(), "main", pg.WALName{Kind: pg.WALHistory, Timeline: 2})
+	if err != nil || string(got) != goldenHistory {
+		t.Errorf("history file %q, %v", got, err)
+	}
+}
+
+const goldenHistory = "1\t0/3000000\tno recovery target specified\n"
+
+func goldenFiles() (first, second testFiles) {
+	first = smallFiles()
+	second = testFiles{"pgdata/empty": {}}
+	for name, b := range first {
+		second[name] = bytes.Clone(b)
+	}
+	copy(second["pgdata/base/5/2"][7*PageSize:], pagesOf(77, 1))
+	return first, second
+}
+
+func writeGolden(t *testing.T) {
+	t.Helper()
+	if err := os.RemoveAll(goldenDir); err != nil {
+		t.Fatal(err)
+	}
+	r, err := Init(t.Context(), goldenDir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if _, err := r.BindCluster(t.Context(), "main", testSystemID, 16<<20); err != nil {
+		t.Fatal(err)
+	}
+	first, second := goldenFiles()
+	b := writeTestBackup(t, r, first, nil)
+	writeTestBackup(t, r, second, b)
+	if err := r.PutWAL(t.Context(), "main", pg.WALName{Kind: pg.WALHistory, Timeline: 2}, []byte(goldenHistory)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestWorkedExample holds the example in docs/format.md against the golden repository.
+func TestWorkedExample(t *testing.T) {
+	const page, begin, end = "../docs/format.md", "<!-- example -->\n", "<!-- end of example -->\n"
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, ok := strings.Cut(string(text), begin)
+	got, after, ok2 := strings.Cut(rest, end)
+	if !ok || !ok2 {
+		t.Fatalf("%s has no example", page)
+	}
+	want := workedExample(t)
+	if *update {
+		if err := os.WriteFile(page, []byte(before+begin+want+end+after), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	} else if got != want {
+		t.Errorf("the example in %s is\n%s\nwant\n%s", page, got, want)
+	}
+}
+
+// workedExample prints the decoded map of a changed file and the stored history file.
+func workedExample(t *testing.T) string {
+	t.Helper()
+	r, err := Open(t.Context(), goldenDir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	all, err := r.Backups(t.Context(), "main")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s strings.Builder
+	fmt.Fprintf(&s, "The map of `pgdata/base/5/2`, 100 pages of which page 7 changed since the prior backup, as it lies in its piece:\n\n```\n%s```\n\n",
+		hex.Dump(goldenMap(t.Context(), t, r.OpenBackup(all[1]))))
+	wal, err := os.ReadFile(filepath.Join(goldenDir, walKey("main", pg.WALName{Kind: pg.WALHistory, Timeline: 2})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(&s, "The WAL object of a history file:\n\n```\n%s```\n", hex.Dump(wal))
+	return s.String()
+}
+
+func goldenMap(ctx context.Context, t *testing.T, b *Backup) []byte {
+	t.Helper()
+	e, err := b.Stat(ctx, "pgdata/base/5/2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := b.r.fileMap(ctx, e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m.appendTo(nil)
+}

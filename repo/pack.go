@@ -1,0 +1,365 @@
+package repo
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"sort"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"pgthaw/repo/store"
+)
+
+// PackID names a pack. It is random, chosen before the pack is written.
+type PackID [16]byte
+
+func (id PackID) String() string { return hex.EncodeToString(id[:]) }
+
+// MarshalText gives 32 hexadecimal digits.
+func (id PackID) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, id[:]), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (id *PackID) UnmarshalText(b []byte) error { return decodeHex(id[:], b) }
+
+func (id PackID) key() string {
+	s := id.String()
+	return "packs/" + s[:2] + "/" + s
+}
+
+// Ref places one piece: Length stored bytes at Offset of a pack, whose content has the ID.
+type Ref struct {
+	Pack   PackID `json:"pack"`
+	Offset uint32 `json:"offset"`
+	Length uint32 `json:"length"`
+	ID     ID     `json:"id"`
+}
+
+func (r Ref) end() uint32 { return r.Offset + r.Length }
+
+// Pieces that packs hold.
+const (
+	pieceChunk = 'C'
+	pieceMap   = 'M'
+	pieceTree  = 'T'
+)
+
+// Classes of packs: what lies in one pack is read together.
+const (
+	classData = 'D' // chunks
+	classHot  = 'H' // chunks of small files and system catalogs: what every start reads
+	classMeta = 'M' // file maps and trees
+)
+
+// Layout of a pack.
+//
+//	0   8   object header, kind P
+//	8   1   class
+//	9   7   0
+//	16  16  pack ID
+//	32      pieces, back to back
+//	        table of contents, a zstd frame
+//	end-32  trailer: 4 offset and 4 length of the table of contents, 16 its ID, 8 "pgthend1"
+const (
+	packHeaderSize  = 32
+	packTrailerSize = 32
+	packTrailerEnd  = "pgthend1"
+
+	dataPackSize = 32 << 20
+	metaPackSize = 8 << 20
+	// maxPackSize bounds what a reader believes of a pack's size.
+	maxPackSize = 1 << 31
+)
+
+// packTOC is a pack's table of contents: its pieces in the order they lie.
+type packTOC struct {
+	offsets []uint32 // of each piece; one more at the end
+	kinds   []byte
+	sizes   []uint32 // content bytes
+	ids     []ID
+	digests [][]byte // of a chunk's pages, pageDigestSize each
+}
+
+func (t *packTOC) add(kind byte, length, size uint32, id ID, digests []byte) {
+	if len(t.offsets) == 0 {
+		t.offsets = append(t.offsets, packHeaderSize)
+	}
+	t.offsets = append(t.offsets, t.offsets[len(t.offsets)-1]+length)
+	t.kinds = append(t.kinds, kind)
+	t.sizes = append(t.sizes, size)
+	t.ids = append(t.ids, id)
+	t.digests = append(t.digests, digests)
+}
+
+// find returns the index of the piece at an offset.
+func (t *packTOC) find(offset uint32) (i int, ok bool) {
+	i = sort.Search(len(t.kinds), func(i int) bool { return t.offsets[i] >= offset })
+	return i, i < len(t.kinds) && t.offsets[i] == offset
+}
+
+// cost is about what the table takes in memory, in bytes.
+func (t *packTOC) cost() int64 {
+	n := int64(1024)
+	for _, d := range t.digests {
+		n += 64 + int64(len(d))
+	}
+	return n
+}
+
+// appendTo encodes the table: each piece's kind, stored length and content length, then all IDs, then all digests, so
+// that what compresses lies together.
+func (t *packTOC) appendTo(b []byte) []byte {
+	b = binary.AppendUvarint(b, uint64(len(t.kinds)))
+	for i, kind := range t.kinds {
+		b = append(b, kind)
+		b = binary.AppendUvarint(b, uint64(t.offsets[i+1]-t.offsets[i]))
+		b = binary.AppendUvarint(b, uint64(t.sizes[i]))
+	}
+	for _, id := range t.ids {
+		b = append(b, id[:]...)
+	}
+	for _, d := range t.digests {
+		b = append(b, d...)
+	}
+	return b
+}
+
+func decodeTOC(b []byte) (*packTOC, error) {
+	d := decoder{b: b}
+	n := d.count(3)
+	t := &packTOC{}
+	var end uint64 = packHeaderSize
+	for range n {
+		kind, length, size := d.byte(), d.uvarint(), d.uvarint()
+		end += length
+		if kind == pieceChunk && (size == 0 || size > ChunkSize) || size > maxPieceSize || end > maxPackSize {
+			d.fail("piece of %d content bytes, ending at %d", size, end)
+		}
+		if d.err != nil {
+			return nil, d.err
+		}
+		t.add(kind, uint32(length), uint32(size), ID{}, nil)
+	}
+	for i := range n {
+		copy(t.ids[i][:], d.bytes(len(ID{})))
+	}
+	for i := range n {
+		if t.kinds[i] == pieceChunk {
+			t.digests[i] = d.bytes(pages(int64(t.sizes[i])) * pageDigestSize)
+		}
+	}
+	return t, d.end()
+}
+
+// pages is how many pages size bytes take.
+func pages(size int64) int { return int((size + PageSize - 1) / PageSize) }
+
+// packer collects pieces of one class into packs and puts each full one into the store.
+type packer struct {
+	w     *packWriters
+	class byte
+	size  int // bytes at which a pack is full
+
+	mu  sync.Mutex
+	id  PackID
+	buf []byte // the pack so far; nil: none begun
+	toc packTOC
+}
+
+// packWriters are the packers of one writer. Uploads of full packs run beside the packing, a few at a time.
+type packWriters struct {
+	r       *Repository
+	ctx     context.Context
+	uploads *errgroup.Group
+	stored  atomic.Int64 // bytes put
+	hot     packer
+	data    packer
+	meta    packer
+
+	mu   sync.Mutex
+	done map[PackID]packSize // packs put
+}
+
+type packSize struct{ size, toc uint32 }
+
+func newPackWriters(ctx context.Context, r *Repository) *packWriters {
+	w := &packWriters{r: r, done: map[PackID]packSize{}}
+	w.uploads, w.ctx = errgroup.WithContext(ctx)
+	w.uploads.SetLimit(2)
+	w.data = packer{w: w, class: classData, size: dataPackSize}
+	w.hot = packer{w: w, class: classHot, size: dataPackSize}
+	w.meta = packer{w: w, class: classMeta, size: metaPackSize}
+	return w
+}
+
+// add compresses content, puts it into a pack and returns its place. digests are those of a chunk's pages and are kept.
+func (p *packer) add(kind byte, content []byte, id ID, digests []byte) (Ref, error) {
+	room := p.w.r.codec.room()
+	defer p.w.r.codec.giveBack(room)
+	encode := p.w.r.codec.compress
+	if kind == pieceChunk {
+		encode = p.w.r.codec.storeChunk
+	}
+	frame := encode((*room)[:0], content)
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.buf) > packHeaderSize && len(p.buf)+len(frame) > p.size {
+		if err := p.flush(); err != nil {
+			return Ref{}, err
+		}
+	}
+	if p.buf == nil {
+		p.begin()
+	}
+	ref := Ref{Pack: p.id, Offset: uint32(len(p.buf)), Length: uint32(len(frame)), ID: id}
+	p.buf = append(p.buf, frame...)
+	p.toc.add(kind, ref.Length, uint32(len(content)), id, digests)
+	return ref, nil
+}
+
+// begin starts a pack. Caller holds mu.
+func (p *packer) begin() {
+	rand.Read(p.id[:]) // never fails: crypto/rand ends the program instead
+	p.buf = make([]byte, 0, p.size+p.size/16)
+	p.buf = appendObjectHeader(p.buf, kindPack)
+	p.buf = append(p.buf, p.class, 0, 0, 0, 0, 0, 0, 0)
+	p.buf = append(p.buf, p.id[:]...)
+	p.toc = packTOC{}
+}
+
+// flush ends the pack that is being filled and hands it to an upload, waiting for one of the earlier uploads if all
+// are busy: that holds back everybody who fills this packer, which is the bound on memory. Caller holds mu.
+func (p *packer) flush() error {
+	if p.buf == nil {
+		return nil
+	}
+	if err := p.w.ctx.Err(); err != nil {
+		return context.Cause(p.w.ctx)
+	}
+	toc := p.toc.appendTo(nil)
+	id, _ := p.w.r.digests.sum(toc, nil)
+	at := len(p.buf)
+	p.buf = p.w.r.codec.compress(p.buf, toc)
+	size := packSize{toc: uint32(len(p.buf) - at)}
+	p.buf = binary.LittleEndian.AppendUint32(p.buf, uint32(at))
+	p.buf = binary.LittleEndian.AppendUint32(p.buf, size.toc)
+	p.buf = append(append(p.buf, id[:]...), packTrailerEnd...)
+	size.size = uint32(len(p.buf))
+
+	body, pack := p.buf, p.id
+	p.buf = nil
+	p.w.uploads.Go(func() error { return p.w.put(pack, body, size) })
+	return nil
+}
+
+func (w *packWriters) put(id PackID, body []byte, size packSize) error {
+	// Entered before the put: a put that reports an error may have been done all the same.
+	w.mu.Lock()
+	w.done[id] = size
+	w.mu.Unlock()
+	if err := w.r.store.Put(w.ctx, id.key(), body); err != nil {
+		return fmt.Errorf("write pack %s: %w", id, err)
+	}
+	w.stored.Add(int64(len(body)))
+	return nil
+}
+
+// finish puts what is left and waits for all uploads.
+func (w *packWriters) finish() error {
+	for _, p := range []*packer{&w.data, &w.hot, &w.meta} {
+		p.mu.Lock()
+		err := p.flush()
+		p.mu.Unlock()
+		if err != nil {
+			w.uploads.Wait()
+			return err
+		}
+	}
+	return w.uploads.Wait()
+}
+
+// abandon deletes the packs that were put. Nothing refers to them, for no manifest was written.
+func (w *packWriters) abandon(ctx context.Context) error {
+	w.uploads.Wait()
+	var first error
+	for id := range w.done {
+		if err := w.r.store.Delete(ctx, id.key()); err != nil && first == nil {
+			first = fmt.Errorf("delete unfinished pack %s: %w", id, err)
+		}
+	}
+	return first
+}
+
+// readTOC reads the table of contents of a pack of known size, in one ranged read.
+func (r *Repository) readTOC(ctx context.Context, id PackID, size packSize) (*packTOC, error) {
+	n := int64(size.toc) + packTrailerSize
+	at := int64(size.size) - n
+	if at < packHeaderSize {
+		return nil, corrupt(id.key(), "a size of %d with a table of contents of %d", size.size, size.toc)
+	}
+	b, err := r.getPack(ctx, id, at, n)
+	if err != nil {
+		return nil, err
+	}
+	return r.parseTOC(id, b, at)
+}
+
+// parseTOC verifies and decodes the end of a pack: its table of contents, which begins at offset at, and its trailer.
+func (r *Repository) parseTOC(id PackID, b []byte, at int64) (*packTOC, error) {
+	frame, trailer := b[:len(b)-packTrailerSize], b[len(b)-packTrailerSize:]
+	if string(trailer[24:]) != packTrailerEnd ||
+		int64(binary.LittleEndian.Uint32(trailer)) != at || int(binary.LittleEndian.Uint32(trailer[4:])) != len(frame) {
+		return nil, corrupt(id.key(), "its trailer does not fit its size")
+	}
+	content, err := r.codec.decompress(frame, maxPieceSize)
+	if err != nil {
+		return nil, corrupt(id.key(), "table of contents: %v", err)
+	}
+	if !r.digests.verify(content, ID(trailer[8:24])) {
+		return nil, corrupt(id.key(), "its table of contents does not match its digest")
+	}
+	toc, err := decodeTOC(content)
+	if err != nil {
+		return nil, corrupt(id.key(), "table of contents: %v", err)
+	}
+	return toc, nil
+}
+
+// getPack reads n bytes of a pack from offset off. Nobody asks for a pack that a backup does not need: one that is not
+// there is damage.
+func (r *Repository) getPack(ctx context.Context, id PackID, off, n int64) ([]byte, error) {
+	b, err := r.get(ctx, id.key(), off, n)
+	if errors.Is(err, store.ErrNotExist) {
+		return nil, corrupt(id.key(), "it is missing")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read pack %s: %w", id, err)
+	}
+	return b, nil
+}
+
+// piece reads, verifies and returns the content of one piece.
+func (r *Repository) piece(ctx context.Context, ref Ref) ([]byte, error) {
+	frame, err := r.getPack(ctx, ref.Pack, int64(ref.Offset), int64(ref.Length))
+	if err != nil {
+		return nil, err
+	}
+	content, err := r.codec.decompress(frame, maxPieceSize)
+	if err != nil {
+		return nil, ref.corrupt(err.Error())
+	}
+	if !r.digests.verify(content, ref.ID) {
+		return nil, ref.corrupt("its content does not match its digest")
+	}
+	return content, nil
+}
+
+func (r Ref) corrupt(detail string) error {
+	return &CorruptError{Object: r.Pack.key(), Offset: int64(r.Offset), Length: int64(r.Length), Detail: detail}
+}

@@ -1,0 +1,195 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"sync"
+)
+
+// priorBackup is the backup that a new one is compared with.
+type priorBackup struct {
+	r     *Repository
+	b     *Backup
+	sizes map[PackID]packSize
+}
+
+// openPrior reads the prior backup's pack list and enters its chunks into the index.
+func openPrior(ctx context.Context, r *Repository, b *Backup, index *chunkIndex) (*priorBackup, error) {
+	uses, err := r.packList(ctx, b.Manifest)
+	if err != nil {
+		return nil, err
+	}
+	p := &priorBackup{r: r, b: b, sizes: make(map[PackID]packSize, len(uses))}
+	for _, u := range uses {
+		p.sizes[u.pack] = u.size
+	}
+	for _, u := range uses {
+		if index.full() {
+			break
+		}
+		toc, err := p.toc(ctx, u.pack)
+		if err != nil {
+			return nil, err
+		}
+		index.addPack(u.pack, toc)
+	}
+	return p, nil
+}
+
+func (p *priorBackup) toc(ctx context.Context, id PackID) (*packTOC, error) {
+	return p.r.tocs.get(id, func() (*packTOC, int64, error) {
+		toc, err := p.r.readTOC(ctx, id, p.sizes[id])
+		if err != nil {
+			return nil, 0, err
+		}
+		return toc, toc.cost(), nil
+	})
+}
+
+func (p *priorBackup) packSize(id PackID) (packSize, bool) {
+	if p == nil {
+		return packSize{}, false
+	}
+	s, ok := p.sizes[id]
+	return s, ok
+}
+
+// tree returns where the prior listing of a directory lies; the zero Ref if there is none. What cannot be read now is
+// as good as none: the new backup then writes its own.
+func (p *priorBackup) tree(ctx context.Context, name string) Ref {
+	if p == nil {
+		return Ref{}
+	}
+	e, err := p.b.Stat(ctx, name)
+	if err != nil || !e.IsDir() {
+		return Ref{}
+	}
+	return e.content.ref
+}
+
+// priorFile is the prior state of one file.
+type priorFile struct {
+	p   *priorBackup
+	m   *fileMap
+	ref Ref // of the map, if it is a piece
+}
+
+// file opens the prior state of the file at a path; nil if there is none in chunks.
+func (p *priorBackup) file(ctx context.Context, name string) (*priorFile, error) {
+	if p == nil {
+		return nil, nil
+	}
+	e, err := p.b.Stat(ctx, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("compare with backup %s: %w", p.b.Manifest.ID, err)
+	}
+	if e.content.kind != contentMap && e.content.kind != contentInlineMap {
+		return nil, nil
+	}
+	m, err := p.r.fileMap(ctx, e)
+	if err != nil {
+		return nil, fmt.Errorf("compare with backup %s: %w", p.b.Manifest.ID, err)
+	}
+	return &priorFile{p: p, m: m, ref: e.content.ref}, nil
+}
+
+func (f *priorFile) mapRef() Ref {
+	if f == nil {
+		return Ref{}
+	}
+	return f.ref
+}
+
+// pagePlace is where a page lies: page of the chunk at ref, nil if it has to be stored.
+type pagePlace struct {
+	ref  *Ref
+	page uint32
+}
+
+// page returns where the prior backup has page pageNo of the file, if it has it with this digest.
+func (f *priorFile) page(ctx context.Context, pageNo uint32, digest [pageDigestSize]byte) (pagePlace, error) {
+	if int64(pageNo) >= pages64(f.m.size) {
+		return pagePlace{}, nil
+	}
+	i := f.m.at(pageNo)
+	e := f.m.extents[i]
+	if e.chunk == zeros {
+		return pagePlace{}, nil
+	}
+	ref := &f.m.chunks[e.chunk]
+	toc, err := f.p.toc(ctx, ref.Pack)
+	if err != nil {
+		return pagePlace{}, err
+	}
+	at := e.page + pageNo - f.m.first[i]
+	k, ok := toc.find(ref.Offset)
+	if !ok || toc.ids[k] != ref.ID || int(at+1)*pageDigestSize > len(toc.digests[k]) {
+		return pagePlace{}, ref.corrupt("the pack's table of contents does not have the chunk that a file map names")
+	}
+	if [pageDigestSize]byte(toc.digests[k][at*pageDigestSize:]) != digest {
+		return pagePlace{}, nil
+	}
+	return pagePlace{ref, at}, nil
+}
+
+// chunkIndex finds chunks by content: those of the prior backup and those just written. It is bounded, so a very large
+// cluster's content is found again only as far as it goes; pages of the same file are found without it.
+type chunkIndex struct {
+	mu    sync.Mutex
+	packs []PackID
+	known map[PackID]uint32 // index into packs
+	at    map[ID]chunkPlace
+}
+
+type chunkPlace struct{ pack, offset, length uint32 }
+
+// maxIndex bounds the index: a million chunks are 128 GiB of content and take about 60 MB.
+const maxIndex = 1 << 20
+
+func newChunkIndex() *chunkIndex {
+	return &chunkIndex{known: map[PackID]uint32{}, at: map[ID]chunkPlace{}}
+}
+
+func (x *chunkIndex) full() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return len(x.at) >= maxIndex
+}
+
+func (x *chunkIndex) addPack(id PackID, toc *packTOC) {
+	for i, kind := range toc.kinds {
+		if kind == pieceChunk {
+			x.add(Ref{Pack: id, Offset: toc.offsets[i], Length: toc.offsets[i+1] - toc.offsets[i], ID: toc.ids[i]})
+		}
+	}
+}
+
+func (x *chunkIndex) add(ref Ref) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if len(x.at) >= maxIndex {
+		return
+	}
+	pack, ok := x.known[ref.Pack]
+	if !ok {
+		pack = uint32(len(x.packs))
+		x.known[ref.Pack] = pack
+		x.packs = append(x.packs, ref.Pack)
+	}
+	x.at[ref.ID] = chunkPlace{pack, ref.Offset, ref.Length}
+}
+
+func (x *chunkIndex) find(id ID) (Ref, bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	p, ok := x.at[id]
+	if !ok {
+		return Ref{}, false
+	}
+	return Ref{Pack: x.packs[p.pack], Offset: p.offset, Length: p.length, ID: id}, true
+}

@@ -1,0 +1,335 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"path"
+	"sort"
+	"strings"
+)
+
+// Backup is a base backup open for reading: a tree of directories and files as they lay on the server. Paths are
+// slash-separated and relative to its root, which holds "pgdata" and "tablespaces/<oid>". Safe for concurrent use.
+type Backup struct {
+	Manifest *Manifest
+	r        *Repository
+}
+
+// OpenBackup reads nothing yet: directories are read when someone looks into them.
+func (r *Repository) OpenBackup(m *Manifest) *Backup { return &Backup{Manifest: m, r: r} }
+
+// root is the entry of the backup's root directory.
+func (b *Backup) root() Entry {
+	return Entry{Name: ".", Mode: fs.ModeDir | 0o755, ModTime: b.Manifest.StoppedAt, content: content{kind: contentTree, ref: b.Manifest.Root}}
+}
+
+// Stat returns the entry at a path; "." is the root. fs.ErrNotExist: nothing is there.
+func (b *Backup) Stat(ctx context.Context, name string) (Entry, error) {
+	e := b.root()
+	if name == "." {
+		return e, nil
+	}
+	for part := range strings.SplitSeq(name, "/") {
+		if !e.IsDir() {
+			return Entry{}, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+		}
+		list, err := b.list(ctx, e)
+		if err != nil {
+			return Entry{}, err
+		}
+		i, ok := find(list, part)
+		if !ok {
+			return Entry{}, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+		}
+		e = list[i]
+	}
+	return e, nil
+}
+
+func find(list []Entry, name string) (int, bool) {
+	return sort.Find(len(list), func(i int) int { return strings.Compare(name, list[i].Name) })
+}
+
+// ReadDir returns the entries of a directory, sorted by name. The slice is shared: do not change it.
+func (b *Backup) ReadDir(ctx context.Context, name string) ([]Entry, error) {
+	e, err := b.Stat(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if !e.IsDir() {
+		return nil, fmt.Errorf("%s: not a directory", name)
+	}
+	return b.list(ctx, e)
+}
+
+func (b *Backup) list(ctx context.Context, e Entry) ([]Entry, error) {
+	ref := e.content.ref
+	return b.r.trees.get(ref.ID, func() ([]Entry, int64, error) {
+		content, err := b.r.piece(ctx, ref)
+		if err != nil {
+			return nil, 0, fmt.Errorf("read directory %s: %w", e.Name, err)
+		}
+		list, err := decodeTree(content)
+		if err != nil {
+			return nil, 0, ref.corrupt(err.Error())
+		}
+		return list, int64(len(content)) + 160*int64(len(list)), nil
+	})
+}
+
+// Walk calls fn for the entry at name and everything below, parents first, sorted.
+func (b *Backup) Walk(ctx context.Context, name string, fn func(name string, e Entry) error) error {
+	e, err := b.Stat(ctx, name)
+	if err != nil {
+		return err
+	}
+	return b.walk(ctx, name, e, fn)
+}
+
+func (b *Backup) walk(ctx context.Context, name string, e Entry, fn func(string, Entry) error) error {
+	if err := fn(name, e); err != nil || !e.IsDir() {
+		return err
+	}
+	list, err := b.list(ctx, e)
+	if err != nil {
+		return err
+	}
+	for _, child := range list {
+		if err := b.walk(ctx, path.Join(name, child.Name), child, fn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// File is a file of a backup open for reading. It holds nothing that has to be closed. Safe for concurrent use.
+type File struct {
+	size    int64
+	content fileContent
+}
+
+// fileContent is where a file's bytes come from: the tree itself, chunks, a WAL object.
+type fileContent interface {
+	readAt(p []byte, off int64) error // p lies within the file
+	data(yield func(off, n int64) bool)
+}
+
+// Open opens a regular file, reading its map, and only that. The context bounds all later reads.
+func (b *Backup) Open(ctx context.Context, e Entry) (*File, error) {
+	if !e.Mode.IsRegular() {
+		return nil, fmt.Errorf("%s: not a regular file", e.Name)
+	}
+	if inline, ok := e.Inline(); ok {
+		return &File{e.Size, inlineFile(inline)}, nil
+	}
+	if e.content.kind == contentWAL {
+		f, err := b.r.openWAL(ctx, b.Manifest.Cluster, e.content.wal)
+		if errors.Is(err, ErrNoWAL) {
+			err = corrupt(walKey(b.Manifest.Cluster, e.content.wal), "it is missing")
+		}
+		return f, err
+	}
+	m, err := b.r.fileMap(ctx, e)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", e.Name, err)
+	}
+	return &File{e.Size, &mappedFile{b.r, ctx, m}}, nil
+}
+
+// fileMap returns the map of a file that has one.
+func (r *Repository) fileMap(ctx context.Context, e Entry) (*fileMap, error) {
+	encoded := e.content.bytes
+	if e.content.kind == contentMap {
+		var err error
+		if encoded, err = r.piece(ctx, e.content.ref); err != nil {
+			return nil, err
+		}
+	}
+	m, err := decodeFileMap(encoded)
+	if err == nil && m.size != e.Size {
+		err = fmt.Errorf("a map of %d bytes for a file of %d", m.size, e.Size)
+	}
+	if err != nil {
+		return nil, e.content.ref.corrupt(err.Error())
+	}
+	return m, nil
+}
+
+// Size is the file's length in bytes.
+func (f *File) Size() int64 { return f.size }
+
+// ReadAt fills p with the file's bytes from offset off, as they were when the backup ended. A chunk, or a WAL file's
+// block, is verified before any byte of it is used; neighbouring chunks are fetched together.
+//
+// At the end of the file it returns io.EOF. What does not match its digest gives a *CorruptError; anything else is the
+// store's error. Safe for concurrent use.
+func (f *File) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, errors.New("read before the beginning of a file")
+	}
+	n := int(max(0, min(int64(len(p)), f.size-off)))
+	if n > 0 {
+		if err := f.content.readAt(p[:n], off); err != nil {
+			return 0, err
+		}
+	}
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// Data gives the runs (offset, length) of bytes that are not known to be zeros, ascending.
+func (f *File) Data() iter.Seq2[int64, int64] { return f.content.data }
+
+type inlineFile []byte
+
+func (f inlineFile) readAt(p []byte, off int64) error {
+	copy(p, f[off:])
+	return nil
+}
+
+func (f inlineFile) data(yield func(off, n int64) bool) {
+	if len(f) > 0 {
+		yield(0, int64(len(f)))
+	}
+}
+
+// mappedFile is a file whose bytes lie in chunks.
+type mappedFile struct {
+	r   *Repository
+	ctx context.Context
+	m   *fileMap
+}
+
+func (f *mappedFile) data(yield func(off, n int64) bool) { f.m.data()(yield) }
+
+// maxFetch is how many stored bytes of neighbouring chunks one read of the store brings at most.
+const maxFetch = 4 << 20
+
+// part is what one extent contributes to a read: dst comes from the chunk's content, beginning at byte from.
+type part struct {
+	ref  Ref
+	from int
+	dst  []byte
+}
+
+// whole tells whether the part wants a full chunk, so that it can be decompressed in place.
+func (p part) whole() bool { return len(p.dst) == ChunkSize }
+
+func (f *mappedFile) readAt(p []byte, off int64) error {
+	parts := f.parts(p, off)
+	for len(parts) > 0 {
+		n := neighbours(parts)
+		var err error
+		if n > 0 {
+			err = f.fetch(parts[:n])
+		} else {
+			n = 1
+			err = f.copyPart(parts[0])
+		}
+		if err != nil {
+			return err
+		}
+		parts = parts[n:]
+	}
+	return nil
+}
+
+// parts splits a read by extents; zeros are filled in at once.
+func (f *mappedFile) parts(p []byte, off int64) []part {
+	var parts []part
+	for i := f.m.at(uint32(off / PageSize)); len(p) > 0; i++ {
+		e := f.m.extents[i]
+		skip := off - int64(f.m.first[i])*PageSize
+		n := min(int64(len(p)), int64(e.n)*PageSize-skip)
+		if e.chunk == zeros {
+			clear(p[:n])
+		} else {
+			parts = append(parts, part{f.m.chunks[e.chunk], int(e.page)*PageSize + int(skip), p[:n]})
+		}
+		p, off = p[n:], off+n
+	}
+	return parts
+}
+
+// neighbours counts the whole chunks at the beginning of parts that lie one after the other in one pack.
+func neighbours(parts []part) int {
+	n, length := 0, 0
+	for n < len(parts) && parts[n].whole() && length+int(parts[n].ref.Length) <= maxFetch {
+		if n > 0 && (parts[n].ref.Pack != parts[0].ref.Pack || parts[n].ref.Offset != parts[n-1].ref.end()) {
+			break
+		}
+		length += int(parts[n].ref.Length)
+		n++
+	}
+	return n
+}
+
+// fetch reads neighbouring whole chunks at once and decompresses each where it is wanted.
+func (f *mappedFile) fetch(parts []part) error {
+	first, last := parts[0].ref, parts[len(parts)-1].ref
+	frames, err := f.r.getPack(f.ctx, first.Pack, int64(first.Offset), int64(last.end()-first.Offset))
+	if err != nil {
+		return err
+	}
+	for _, p := range parts {
+		frame := frames[p.ref.Offset-first.Offset:][:p.ref.Length]
+		content, err := f.r.decodeChunk(p.ref, frame, p.dst[:0:len(p.dst)])
+		if err != nil {
+			return err
+		}
+		if len(content) != len(p.dst) {
+			return p.ref.corrupt(fmt.Sprintf("%d bytes instead of %d", len(content), len(p.dst)))
+		}
+	}
+	return nil
+}
+
+// decodeChunk decompresses a chunk, as chunkContent does, and verifies it.
+func (r *Repository) decodeChunk(ref Ref, stored, dst []byte) ([]byte, error) {
+	content, err := r.codec.chunkContent(dst, stored)
+	if err != nil {
+		return nil, ref.corrupt(err.Error())
+	}
+	if !r.digests.verify(content, ref.ID) {
+		return nil, ref.corrupt("its content does not match its digest")
+	}
+	return content, nil
+}
+
+// copyPart takes part of a chunk through the cache.
+func (f *mappedFile) copyPart(p part) error {
+	content, err := f.r.chunk(f.ctx, p.ref)
+	if err != nil {
+		return err
+	}
+	if p.from+len(p.dst) > len(content) {
+		return p.ref.corrupt(fmt.Sprintf("%d bytes where a file needs %d", len(content), p.from+len(p.dst)))
+	}
+	copy(p.dst, content[p.from:])
+	return nil
+}
+
+// chunkKey names what the cache of chunks holds: a chunk, or a block of a WAL object.
+type chunkKey struct {
+	pack   PackID
+	wal    string
+	offset uint32
+}
+
+// chunk returns a chunk's content, verified. It is shared: do not change it.
+func (r *Repository) chunk(ctx context.Context, ref Ref) ([]byte, error) {
+	return r.chunks.get(chunkKey{pack: ref.Pack, offset: ref.Offset}, func() ([]byte, int64, error) {
+		frame, err := r.getPack(ctx, ref.Pack, int64(ref.Offset), int64(ref.Length))
+		if err != nil {
+			return nil, 0, err
+		}
+		content, err := r.decodeChunk(ref, frame, nil)
+		return content, int64(len(content)), err
+	})
+}

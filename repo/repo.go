@@ -1,0 +1,289 @@
+package repo
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"pgthaw/repo/pg"
+	"pgthaw/repo/store"
+)
+
+// Options of an open repository. The zero value works.
+type Options struct {
+	Log        *slog.Logger // nil: nothing is logged
+	CacheBytes int64        // decoded chunks kept; 0: 64 MiB
+}
+
+const (
+	defaultCacheBytes = 64 << 20
+	tocCacheBytes     = 64 << 20
+	treeCacheBytes    = 64 << 20
+)
+
+// Repository is an open repository. Safe for concurrent use.
+type Repository struct {
+	url     string
+	store   store.Store
+	config  config
+	log     *slog.Logger
+	digests *digester
+	codec   *codec
+
+	read   atomic.Int64 // bytes fetched from the store
+	chunks *cache[chunkKey, []byte]
+	tocs   *cache[PackID, *packTOC]
+	trees  *cache[ID, []Entry]
+	heads  *cache[string, *walHead]
+}
+
+// config is the object of the same name: what every reader needs first.
+type config struct {
+	document
+	ID         string    `json:"id"`
+	CreatedAt  time.Time `json:"created_at"`
+	Encryption string    `json:"encryption"`
+	DigestKey  string    `json:"digest_key"`
+}
+
+const (
+	configKey      = "config"
+	configKind     = "pgthaw repository"
+	encryptionNone = "none"
+)
+
+// Init makes a repository at the URL. ErrRepositoryExists: there is one already. ErrNotEmpty: something else is there.
+func Init(ctx context.Context, url string, o Options) (*Repository, error) {
+	s, canonical, err := store.Open(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	if err := refuseForeign(ctx, s); err != nil {
+		return nil, fmt.Errorf("%s: %w", canonical, err)
+	}
+	var key [keySize]byte
+	var id [16]byte
+	rand.Read(key[:])
+	rand.Read(id[:])
+	body, err := marshalDocument(config{
+		document: document{configKind, formatVersion}, ID: hex.EncodeToString(id[:]), CreatedAt: time.Now().UTC().Truncate(time.Second),
+		Encryption: encryptionNone, DigestKey: hex.EncodeToString(key[:]),
+	})
+	if err != nil {
+		return nil, err
+	}
+	switch err := s.Put(ctx, configKey, body); {
+	case errors.Is(err, store.ErrExist):
+		return nil, fmt.Errorf("%s: %w", canonical, ErrRepositoryExists)
+	case err != nil:
+		return nil, fmt.Errorf("write repository configuration: %w", err)
+	}
+	return openStore(ctx, s, canonical, o)
+}
+
+// refuseForeign says why no repository can be made in a store that holds something.
+func refuseForeign(ctx context.Context, s store.Store) error {
+	for o, err := range s.List(ctx, "") {
+		if err != nil {
+			return err
+		}
+		if o.Key == configKey {
+			return ErrRepositoryExists
+		}
+		// Other keys of a repository sort before config: whether there is one is asked outright.
+		if _, err := s.Get(ctx, configKey, 0, -1); err == nil {
+			return ErrRepositoryExists
+		}
+		return ErrNotEmpty
+	}
+	return nil
+}
+
+// Open opens the repository at the URL. ErrNoRepository: there is none. *FormatError: a newer pgthaw wrote it.
+func Open(ctx context.Context, url string, o Options) (*Repository, error) {
+	s, canonical, err := store.Open(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	return openStore(ctx, s, canonical, o)
+}
+
+func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repository, error) {
+	codec, err := newCodec()
+	if err != nil {
+		return nil, err
+	}
+	r := &Repository{url: url, store: s, log: o.Log, codec: codec}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	if o.CacheBytes == 0 {
+		o.CacheBytes = defaultCacheBytes
+	}
+	r.chunks = newCache[chunkKey, []byte](o.CacheBytes)
+	r.tocs = newCache[PackID, *packTOC](tocCacheBytes)
+	r.trees = newCache[ID, []Entry](treeCacheBytes)
+	r.heads = newCache[string, *walHead](treeCacheBytes)
+	return r, r.readConfig(ctx)
+}
+
+func (r *Repository) readConfig(ctx context.Context) error {
+	b, err := r.get(ctx, configKey, 0, -1)
+	if errors.Is(err, store.ErrNotExist) {
+		return fmt.Errorf("%s: %w", r.url, ErrNoRepository)
+	}
+	if err != nil {
+		return fmt.Errorf("read repository configuration: %w", err)
+	}
+	if err := unmarshalDocument(configKey, b, configKind, &r.config); err != nil {
+		return err
+	}
+	if r.config.Encryption != encryptionNone {
+		return corrupt(configKey, "encryption %q is not known", r.config.Encryption)
+	}
+	var key [keySize]byte
+	if err := decodeHex(key[:], []byte(r.config.DigestKey)); err != nil {
+		return corrupt(configKey, "digest key: %v", err)
+	}
+	r.digests = newDigester(key)
+	return nil
+}
+
+// URL is the canonical address of the repository.
+func (r *Repository) URL() string { return r.url }
+
+// ID is the repository's own name, made when it was.
+func (r *Repository) ID() string { return r.config.ID }
+
+// ReadBytes is how many bytes were fetched from the store since the repository was opened.
+func (r *Repository) ReadBytes() int64 { return r.read.Load() }
+
+// Close releases what the repository holds.
+func (r *Repository) Close() error {
+	r.codec.dec.Close()
+	if c, ok := r.store.(io.Closer); ok {
+		return c.Close()
+	}
+	return nil
+}
+
+// get reads from the store and counts. Lengths come from verified objects: one that ends too early is damaged.
+func (r *Repository) get(ctx context.Context, key string, off, n int64) ([]byte, error) {
+	b, err := r.store.Get(ctx, key, off, n)
+	r.read.Add(int64(len(b)))
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil, &CorruptError{Object: key, Offset: off, Length: n, Detail: "it ends before"}
+	}
+	return b, err
+}
+
+// Cluster is a name bound to one PostgreSQL cluster.
+type Cluster struct {
+	Name             string
+	SystemIdentifier uint64
+	SegmentSize      pg.SegmentSize
+	CreatedAt        time.Time
+}
+
+type clusterDocument struct {
+	document
+	Name             string         `json:"name"`
+	SystemIdentifier uint64         `json:"system_identifier,string"`
+	SegmentSize      pg.SegmentSize `json:"wal_segment_size"`
+	CreatedAt        time.Time      `json:"created_at"`
+}
+
+const (
+	clustersPrefix = "clusters/"
+	clusterKind    = "pgthaw cluster"
+)
+
+func clusterKey(name string) string { return clustersPrefix + name }
+
+var clusterName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
+
+// ValidClusterName refuses what cannot be a directory's name everywhere.
+func ValidClusterName(name string) error {
+	if !clusterName.MatchString(name) {
+		return fmt.Errorf("%q cannot name a cluster: letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 63", name)
+	}
+	return nil
+}
+
+// Clusters lists all clusters by name.
+func (r *Repository) Clusters(ctx context.Context) ([]Cluster, error) {
+	var all []Cluster
+	for o, err := range r.store.List(ctx, clustersPrefix) {
+		if err != nil {
+			return nil, fmt.Errorf("list clusters: %w", err)
+		}
+		c, err := r.Cluster(ctx, strings.TrimPrefix(o.Key, clustersPrefix))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, c)
+	}
+	return all, nil
+}
+
+// Cluster returns what a name is bound to. ErrNoCluster: nothing.
+func (r *Repository) Cluster(ctx context.Context, name string) (Cluster, error) {
+	if err := ValidClusterName(name); err != nil {
+		return Cluster{}, err
+	}
+	b, err := r.get(ctx, clusterKey(name), 0, -1)
+	if errors.Is(err, store.ErrNotExist) {
+		return Cluster{}, fmt.Errorf("%s: %w", name, ErrNoCluster)
+	}
+	if err != nil {
+		return Cluster{}, fmt.Errorf("read cluster %s: %w", name, err)
+	}
+	var d clusterDocument
+	if err := unmarshalDocument(clusterKey(name), b, clusterKind, &d); err != nil {
+		return Cluster{}, err
+	}
+	if d.Name != name || !d.SegmentSize.Valid() {
+		return Cluster{}, corrupt(clusterKey(name), "it describes cluster %q with WAL segments of %d bytes", d.Name, d.SegmentSize)
+	}
+	return Cluster{Name: name, SystemIdentifier: d.SystemIdentifier, SegmentSize: d.SegmentSize, CreatedAt: d.CreatedAt}, nil
+}
+
+// BindCluster binds a name to a PostgreSQL cluster, or compares it with what it is bound to. ErrOtherCluster: another.
+func (r *Repository) BindCluster(ctx context.Context, name string, systemID uint64, size pg.SegmentSize) (Cluster, error) {
+	c, err := r.Cluster(ctx, name)
+	if errors.Is(err, ErrNoCluster) {
+		if err := r.createCluster(ctx, name, systemID, size); err != nil && !errors.Is(err, store.ErrExist) {
+			return Cluster{}, fmt.Errorf("bind cluster %s: %w", name, err)
+		}
+		c, err = r.Cluster(ctx, name)
+	}
+	if err != nil {
+		return Cluster{}, err
+	}
+	if c.SystemIdentifier != systemID {
+		return Cluster{}, fmt.Errorf("%w: %s has system identifier %d, not %d", ErrOtherCluster, name, c.SystemIdentifier, systemID)
+	}
+	if c.SegmentSize != size {
+		return Cluster{}, fmt.Errorf("%w: %s has WAL segments of %d bytes, not %d", ErrOtherCluster, name, c.SegmentSize, size)
+	}
+	return c, nil
+}
+
+func (r *Repository) createCluster(ctx context.Context, name string, systemID uint64, size pg.SegmentSize) error {
+	body, err := marshalDocument(clusterDocument{
+		document: document{clusterKind, formatVersion}, Name: name, SystemIdentifier: systemID, SegmentSize: size,
+		CreatedAt: time.Now().UTC().Truncate(time.Second),
+	})
+	if err != nil {
+		return err
+	}
+	return r.store.Put(ctx, clusterKey(name), body)
+}

@@ -1,0 +1,364 @@
+package repo
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sort"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"pgthaw/repo/pg"
+	"pgthaw/repo/store"
+)
+
+// WALHead is what a WAL object tells of itself without its bytes.
+type WALHead struct {
+	Name             pg.WALName
+	Size             int64 // bytes of the file
+	SystemIdentifier uint64
+	Summary          pg.WALSummary // of segments and partial segments; else zero
+	StoredBytes      int64         // in the repository
+}
+
+// Layout of a WAL object.
+//
+//	0   8   object header, kind W
+//	8   4   length of the head
+//	12  4   0
+//	16  16  ID of the head
+//	32      head, JSON
+//	        blocks, back to back, each a zstd frame
+const (
+	walHeaderSize = 32
+	walBlockSize  = 1 << 20 // content of a block, bytes; the last may be shorter
+	maxWALHead    = 16 << 20
+	maxWALSize    = 1 << 30 // PostgreSQL's largest segment
+)
+
+// walHead is a WAL object's head.
+type walHead struct {
+	Cluster          string        `json:"cluster"`
+	Name             string        `json:"name"`
+	SystemIdentifier uint64        `json:"system_identifier,string"`
+	Size             int64         `json:"size"`
+	Summary          pg.WALSummary `json:"summary,omitzero"`
+	Blocks           []walBlock    `json:"blocks"`
+
+	offsets []int64 // of each block in the object; one more at the end
+}
+
+type walBlock struct {
+	Length int `json:"length"` // stored bytes; 0: a block of zeros
+	ID     ID  `json:"id"`
+}
+
+// walRoot begins the keys of all WAL objects.
+const walRoot = "wal/"
+
+func walPrefix(cluster string) string { return walRoot + cluster + "/" }
+
+func walKey(cluster string, name pg.WALName) string {
+	return walPrefix(cluster) + name.Timeline.Hex() + "/" + name.String()
+}
+
+// PutWAL stores a WAL file, durably when it returns. The same bytes again are fine; other bytes under the same name are
+// ErrWALConflict. The cluster has to be bound.
+func (r *Repository) PutWAL(ctx context.Context, cluster string, name pg.WALName, content []byte) error {
+	c, err := r.Cluster(ctx, cluster)
+	if err != nil {
+		return err
+	}
+	head, body, err := r.encodeWAL(ctx, c, name, content)
+	if err != nil {
+		return fmt.Errorf("encode WAL file %s: %w", name, err)
+	}
+	err = r.store.Put(ctx, walKey(cluster, name), body)
+	if errors.Is(err, store.ErrExist) {
+		return r.sameWAL(ctx, cluster, name, head)
+	}
+	if err != nil {
+		return fmt.Errorf("write WAL file %s: %w", name, err)
+	}
+	return nil
+}
+
+// sameWAL compares what was to be put with what is there.
+func (r *Repository) sameWAL(ctx context.Context, cluster string, name pg.WALName, want *walHead) error {
+	got, err := r.walHead(ctx, cluster, name)
+	if err != nil {
+		return fmt.Errorf("compare with WAL file %s in the repository: %w", name, err)
+	}
+	same := got.Size == want.Size && len(got.Blocks) == len(want.Blocks)
+	for i := 0; same && i < len(got.Blocks); i++ {
+		same = got.Blocks[i].ID == want.Blocks[i].ID
+	}
+	if !same {
+		return fmt.Errorf("%s of %s: %w", name, cluster, ErrWALConflict)
+	}
+	return nil
+}
+
+func (r *Repository) encodeWAL(ctx context.Context, c Cluster, name pg.WALName, content []byte) (*walHead, []byte, error) {
+	head := &walHead{Cluster: c.Name, Name: name.String(), SystemIdentifier: c.SystemIdentifier, Size: int64(len(content))}
+	if name.Kind == pg.WALSegment || name.Kind == pg.WALPartial {
+		if int64(len(content)) != int64(c.SegmentSize) {
+			return nil, nil, fmt.Errorf("%d bytes, but segments of this cluster have %d", len(content), c.SegmentSize)
+		}
+		var err error
+		if head.Summary, err = pg.ScanWAL(content, name, c.SegmentSize); err != nil {
+			return nil, nil, err
+		}
+	}
+	frames, err := r.encodeBlocks(ctx, head, content)
+	if err != nil {
+		return nil, nil, err
+	}
+	text, err := json.Marshal(head)
+	if err != nil {
+		return nil, nil, err
+	}
+	id, _ := r.digests.sum(text, nil)
+	body := appendObjectHeader(nil, kindWAL)
+	body = binary.LittleEndian.AppendUint32(body, uint32(len(text)))
+	body = append(body, 0, 0, 0, 0)
+	body = append(append(body, id[:]...), text...)
+	return head, append(body, bytes.Join(frames, nil)...), nil
+}
+
+// encodeBlocks compresses the content's blocks, several at a time, and enters them into the head.
+func (r *Repository) encodeBlocks(ctx context.Context, head *walHead, content []byte) (frames [][]byte, err error) {
+	n := (len(content) + walBlockSize - 1) / walBlockSize
+	head.Blocks, frames = make([]walBlock, n), make([][]byte, n)
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(4)
+	for i := range n {
+		g.Go(func() error {
+			block := content[i*walBlockSize : min((i+1)*walBlockSize, len(content))]
+			id, _ := r.digests.sum(block, nil)
+			if !isZero(block) {
+				frames[i] = r.codec.compress(nil, block)
+			}
+			head.Blocks[i] = walBlock{Length: len(frames[i]), ID: id}
+			return ctx.Err()
+		})
+	}
+	return frames, g.Wait()
+}
+
+func isZero(b []byte) bool {
+	for len(b) >= PageSize && isZeroPage(b[:PageSize]) {
+		b = b[PageSize:]
+	}
+	return bytes.Count(b, []byte{0}) == len(b)
+}
+
+// WALHead reads the head of a WAL object. ErrNoWAL: there is no such object.
+func (r *Repository) WALHead(ctx context.Context, cluster string, name pg.WALName) (WALHead, error) {
+	h, err := r.walHead(ctx, cluster, name)
+	if err != nil {
+		return WALHead{}, err
+	}
+	return WALHead{Name: name, Size: h.Size, SystemIdentifier: h.SystemIdentifier, Summary: h.Summary,
+		StoredBytes: h.offsets[len(h.offsets)-1]}, nil
+}
+
+func (r *Repository) walHead(ctx context.Context, cluster string, name pg.WALName) (*walHead, error) {
+	key := walKey(cluster, name)
+	return r.heads.get(key, func() (*walHead, int64, error) {
+		start, err := r.get(ctx, key, 0, walHeaderSize)
+		if err != nil {
+			return nil, 0, walReadError(name, err)
+		}
+		n, err := walHeadLength(key, start)
+		if err != nil {
+			return nil, 0, err
+		}
+		text, err := r.get(ctx, key, walHeaderSize, n)
+		if err != nil {
+			return nil, 0, walReadError(name, err)
+		}
+		h, err := r.parseWALHead(key, cluster, name, start, text)
+		return h, 512 + n, err
+	})
+}
+
+func walReadError(name pg.WALName, err error) error {
+	if errors.Is(err, store.ErrNotExist) {
+		return fmt.Errorf("%s: %w", name, ErrNoWAL)
+	}
+	return fmt.Errorf("read WAL file %s: %w", name, err)
+}
+
+func walHeadLength(key string, start []byte) (int64, error) {
+	if err := checkObjectHeader(key, start, kindWAL); err != nil {
+		return 0, err
+	}
+	if len(start) < walHeaderSize {
+		return 0, corrupt(key, "it ends within its header")
+	}
+	n := int64(binary.LittleEndian.Uint32(start[8:]))
+	if n > maxWALHead || binary.LittleEndian.Uint32(start[12:]) != 0 {
+		return 0, corrupt(key, "a head of %d bytes", n)
+	}
+	return n, nil
+}
+
+func (r *Repository) parseWALHead(key, cluster string, name pg.WALName, start, text []byte) (*walHead, error) {
+	if !r.digests.verify(text, ID(start[16:32])) {
+		return nil, corrupt(key, "its head does not match its digest")
+	}
+	h := &walHead{}
+	if err := json.Unmarshal(text, h); err != nil {
+		return nil, corrupt(key, "head: %v", err)
+	}
+	if h.Cluster != cluster || h.Name != name.String() {
+		return nil, corrupt(key, "it holds %s of %s", h.Name, h.Cluster)
+	}
+	if h.Size < 0 || h.Size > maxWALSize || int64(len(h.Blocks)) != (h.Size+walBlockSize-1)/walBlockSize {
+		return nil, corrupt(key, "%d bytes in %d blocks", h.Size, len(h.Blocks))
+	}
+	h.offsets = []int64{walHeaderSize + int64(len(text))}
+	for _, b := range h.Blocks {
+		if b.Length < 0 || b.Length > 2*walBlockSize {
+			return nil, corrupt(key, "a block of %d bytes", b.Length)
+		}
+		h.offsets = append(h.offsets, h.offsets[len(h.offsets)-1]+int64(b.Length))
+	}
+	return h, nil
+}
+
+// WAL returns a whole WAL file, every byte verified. ErrNoWAL: there is no such object.
+func (r *Repository) WAL(ctx context.Context, cluster string, name pg.WALName) ([]byte, error) {
+	key := walKey(cluster, name)
+	object, err := r.get(ctx, key, 0, -1)
+	if err != nil {
+		return nil, walReadError(name, err)
+	}
+	n, err := walHeadLength(key, object)
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(object)) < walHeaderSize+n {
+		return nil, corrupt(key, "it ends within its head")
+	}
+	h, err := r.parseWALHead(key, cluster, name, object[:walHeaderSize], object[walHeaderSize:walHeaderSize+n])
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(object)) != h.offsets[len(h.Blocks)] {
+		return nil, corrupt(key, "%d bytes instead of %d", len(object), h.offsets[len(h.Blocks)])
+	}
+	content := make([]byte, h.Size)
+	var g errgroup.Group
+	g.SetLimit(4)
+	for i := range h.Blocks {
+		g.Go(func() error {
+			return r.walBlock(key, h, i, object[h.offsets[i]:h.offsets[i+1]], h.block(content, i))
+		})
+	}
+	return content, g.Wait()
+}
+
+// block returns the part of content that block i fills.
+func (h *walHead) block(content []byte, i int) []byte {
+	return content[int64(i)*walBlockSize : min(int64(i+1)*walBlockSize, h.Size)]
+}
+
+// walBlock decodes block i from its frame into dst, whose length is the block's, and verifies it.
+func (r *Repository) walBlock(key string, h *walHead, i int, frame, dst []byte) error {
+	fail := func(detail string) error {
+		return &CorruptError{Object: key, Offset: h.offsets[i], Length: int64(len(frame)), Detail: detail}
+	}
+	if h.Blocks[i].Length == 0 {
+		clear(dst)
+	} else {
+		content, err := r.codec.decompressInto(dst[:0:len(dst)], frame)
+		if err != nil {
+			return fail(err.Error())
+		}
+		if len(content) != len(dst) {
+			return fail(fmt.Sprintf("%d bytes instead of %d", len(content), len(dst)))
+		}
+	}
+	if !r.digests.verify(dst, h.Blocks[i].ID) {
+		return fail("its content does not match its digest")
+	}
+	return nil
+}
+
+// WALNames lists the WAL files of a cluster by timeline and name. It is one listing; no object is read.
+func (r *Repository) WALNames(ctx context.Context, cluster string) ([]pg.WALName, error) {
+	var names []pg.WALName
+	for o, err := range r.store.List(ctx, walPrefix(cluster)) {
+		if err != nil {
+			return nil, fmt.Errorf("list WAL of %s: %w", cluster, err)
+		}
+		dir, base, _ := strings.Cut(strings.TrimPrefix(o.Key, walPrefix(cluster)), "/")
+		name, err := pg.ParseWALName(base)
+		if err != nil || name.Timeline.Hex() != dir {
+			return nil, corrupt(o.Key, "no WAL file has this name")
+		}
+		names = append(names, name)
+	}
+	sort.SliceStable(names, func(i, j int) bool { return names[i].Timeline < names[j].Timeline })
+	return names, nil
+}
+
+// openWAL opens a WAL file for reading in parts; it reads the object's head. The context bounds all later reads.
+// ErrNoWAL: there is no such object.
+func (r *Repository) openWAL(ctx context.Context, cluster string, name pg.WALName) (*File, error) {
+	head, err := r.walHead(ctx, cluster, name)
+	if err != nil {
+		return nil, err
+	}
+	return &File{head.Size, &walFile{r, ctx, walKey(cluster, name), head}}, nil
+}
+
+// walFile is a WAL object read as a file, a block at a time.
+type walFile struct {
+	r    *Repository
+	ctx  context.Context
+	key  string
+	head *walHead
+}
+
+func (w *walFile) readAt(p []byte, off int64) error {
+	for len(p) > 0 {
+		i := int(off / walBlockSize)
+		block, err := w.block(i)
+		if err != nil {
+			return err
+		}
+		n := copy(p, block[off%walBlockSize:])
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+func (w *walFile) block(i int) ([]byte, error) {
+	h := w.head
+	return w.r.chunks.get(chunkKey{wal: w.key, offset: uint32(i)}, func() ([]byte, int64, error) {
+		frame, err := w.r.get(w.ctx, w.key, h.offsets[i], int64(h.Blocks[i].Length))
+		if err != nil {
+			return nil, 0, fmt.Errorf("read %s: %w", w.key, err)
+		}
+		n := min(int64(walBlockSize), h.Size-int64(i)*walBlockSize)
+		dst := make([]byte, n)
+		err = w.r.walBlock(w.key, h, i, frame, dst)
+		return dst, n, err
+	})
+}
+
+func (w *walFile) data(yield func(off, n int64) bool) {
+	for i, b := range w.head.Blocks {
+		off := int64(i) * walBlockSize
+		if b.Length > 0 && !yield(off, min(walBlockSize, w.head.Size-off)) {
+			return
+		}
+	}
+}

@@ -1,0 +1,457 @@
+package repo
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"runtime"
+	"sort"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"pgthaw/repo/pg"
+	"pgthaw/repo/store"
+)
+
+// BackupOptions of WriteBackup. The zero value works.
+type BackupOptions struct {
+	Prior   *Backup // whose unchanged pages are used again; nil: none
+	Workers int     // that hash and compress; 0: one for each processor
+}
+
+// WriteBackup runs fn, which writes the backup's files and returns what it knows of the manifest, and publishes the
+// backup when fn returns nil: packs first, the manifest last. When fn fails, or ctx ends, nothing becomes visible and
+// what was written is deleted again.
+func (r *Repository) WriteBackup(ctx context.Context, cluster string, o BackupOptions, fn func(context.Context, *BackupWriter) (Manifest, error)) (*Manifest, error) {
+	if _, err := r.Cluster(ctx, cluster); err != nil {
+		return nil, err
+	}
+	w, err := r.newBackupWriter(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	m, packList, err := w.write(cluster, fn)
+	if err == nil {
+		err = r.putPackList(ctx, m, packList)
+	}
+	if err != nil {
+		if left := w.abandon(context.WithoutCancel(ctx)); left != nil {
+			return nil, errors.Join(err, left)
+		}
+		return nil, fmt.Errorf("%w; no backup was made, and nothing of it is left in the repository", err)
+	}
+	body, err := marshalDocument(m)
+	if err != nil {
+		return nil, err
+	}
+	// From here on the backup may exist, whatever the store answers: nothing is deleted any more.
+	if err := r.store.Put(ctx, manifestKey(cluster, m.ID), body); err != nil {
+		return nil, fmt.Errorf("publish backup %s: %w", m.ID, err)
+	}
+	return m, nil
+}
+
+// BackupWriter writes the files of one backup. Its methods are called by one goroutine at a time; hashing, comparing
+// and compressing run beside it.
+type BackupWriter struct {
+	r       *Repository
+	packs   *packWriters
+	prior   *priorBackup
+	index   *chunkIndex
+	root    *node
+	open    *FileWriter
+	live    liveBytes
+	base    context.Context // the caller's
+	ctx     context.Context // base, ended by the first failure of a worker and when all are done
+	workers *errgroup.Group
+	windows chan window
+	buffers chan []byte
+}
+
+// node is a directory or file of the tree that is being written.
+type node struct {
+	entry    Entry
+	children map[string]*node
+}
+
+func (r *Repository) newBackupWriter(ctx context.Context, o BackupOptions) (*BackupWriter, error) {
+	if o.Workers <= 0 {
+		o.Workers = runtime.GOMAXPROCS(0)
+	}
+	w := &BackupWriter{r: r, base: ctx, index: newChunkIndex(), live: liveBytes{}, windows: make(chan window),
+		root: &node{entry: Entry{Mode: fs.ModeDir | 0o755}, children: map[string]*node{}}}
+	w.workers, w.ctx = errgroup.WithContext(ctx)
+	w.packs = newPackWriters(ctx, r)
+	if o.Prior != nil {
+		var err error
+		if w.prior, err = openPrior(ctx, r, o.Prior, w.index); err != nil {
+			return nil, err
+		}
+	}
+	w.buffers = make(chan []byte, 4*o.Workers)
+	for range cap(w.buffers) {
+		w.buffers <- make([]byte, 0, ChunkSize)
+	}
+	for range o.Workers {
+		w.workers.Go(w.work)
+	}
+	return w, nil
+}
+
+// write runs fn and writes all that comes before the manifest. m is never nil.
+func (w *BackupWriter) write(cluster string, fn func(context.Context, *BackupWriter) (Manifest, error)) (*Manifest, []byte, error) {
+	var salt [2]byte
+	rand.Read(salt[:])
+	id := newBackupID(time.Now(), salt)
+
+	fields, err := fn(w.ctx, w)
+	m := &fields
+	m.document = document{manifestKind, formatVersion}
+	m.ID, m.Cluster = id, cluster
+	if err = w.drain(err); err != nil {
+		return m, nil, err
+	}
+	if m.Root, err = w.writeTree(m, w.root, "."); err != nil {
+		return m, nil, err
+	}
+	if err := w.packs.finish(); err != nil {
+		return m, nil, err
+	}
+	uses, err := w.packUses()
+	if err != nil {
+		return m, nil, err
+	}
+	list, listID := w.r.encodePackList(uses)
+	m.Packs = PackListRef{Count: len(uses), ID: listID}
+	m.StoredBytes = w.packs.stored.Load() + int64(len(list))
+	return m, list, nil
+}
+
+// drain waits until every window is done, or for the workers to give up. fnErr is what the caller's function returned:
+// the end of its context, or the failure of a worker, which ended it as well, explains it better.
+func (w *BackupWriter) drain(fnErr error) error {
+	close(w.windows)
+	err := w.workers.Wait()
+	switch {
+	case w.base.Err() != nil:
+		return context.Cause(w.base)
+	case err != nil:
+		return err
+	case fnErr == nil && w.open != nil:
+		return fmt.Errorf("%s was not closed", w.open.name)
+	}
+	return fnErr
+}
+
+// abandon deletes the packs of an unsuccessful writer.
+func (w *BackupWriter) abandon(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	return w.packs.abandon(ctx)
+}
+
+// putPackList stores the pack list, or leaves nothing of it. One that exists already is another backup's.
+func (r *Repository) putPackList(ctx context.Context, m *Manifest, list []byte) error {
+	key := packListKey(m.Cluster, m.ID)
+	err := r.store.Put(ctx, key, list)
+	if err != nil && !errors.Is(err, store.ErrExist) {
+		err = errors.Join(err, r.store.Delete(context.WithoutCancel(ctx), key))
+	}
+	if err != nil {
+		return fmt.Errorf("write pack list of backup %s: %w", m.ID, err)
+	}
+	return nil
+}
+
+// Stored is how many bytes this backup has put into the store so far.
+func (w *BackupWriter) Stored() int64 { return w.packs.stored.Load() }
+
+// Mkdir makes a directory. Its parent exists.
+func (w *BackupWriter) Mkdir(name string, e Entry) error {
+	e.Mode = e.Mode&fs.ModePerm | fs.ModeDir
+	e.Size, e.Link = 0, ""
+	_, err := w.insert(name, e)
+	return err
+}
+
+// Symlink makes a symbolic link that leads to e.Link.
+func (w *BackupWriter) Symlink(name string, e Entry) error {
+	e.Mode = e.Mode&fs.ModePerm | fs.ModeSymlink
+	e.Size = 0
+	_, err := w.insert(name, e)
+	return err
+}
+
+// AddWAL makes a file whose bytes are those of a WAL object of the cluster, which was put already.
+func (w *BackupWriter) AddWAL(name string, e Entry, wal pg.WALName) error {
+	e.Mode, e.Link = e.Mode&fs.ModePerm, ""
+	e.content = content{kind: contentWAL, wal: wal}
+	_, err := w.insert(name, e)
+	return err
+}
+
+// Create makes a regular file of e.Size bytes, which are then written. One file is open at a time. What is hot lies
+// together with all else that is hot.
+func (w *BackupWriter) Create(name string, e Entry, hot bool) (*FileWriter, error) {
+	if w.open != nil {
+		return nil, fmt.Errorf("create %s: %s is still open", name, w.open.name)
+	}
+	if e.Size < 0 || e.Size > maxFileSize {
+		return nil, fmt.Errorf("create %s: %d bytes", name, e.Size)
+	}
+	e.Mode, e.Link = e.Mode&fs.ModePerm, ""
+	n, err := w.insert(name, e)
+	if err != nil {
+		return nil, err
+	}
+	f := &FileWriter{w: w, name: name, node: n, left: e.Size}
+	if e.Size > maxInline {
+		if f.job, err = w.newFileJob(n, name, hot); err != nil {
+			return nil, err
+		}
+	}
+	w.open = f
+	return f, nil
+}
+
+func (w *BackupWriter) insert(name string, e Entry) (*node, error) {
+	dir, base := path.Split(name)
+	if err := validName(base); err != nil {
+		return nil, err
+	}
+	parent := w.lookup(path.Clean(dir))
+	if parent == nil || parent.children == nil {
+		return nil, fmt.Errorf("%s: its directory does not exist", name)
+	}
+	if parent.children[base] != nil {
+		return nil, fmt.Errorf("%s: %w", name, fs.ErrExist)
+	}
+	e.Name = base
+	n := &node{entry: e}
+	if e.IsDir() {
+		n.children = map[string]*node{}
+	}
+	parent.children[base] = n
+	return n, nil
+}
+
+// lookup returns the node at a clean path, or nil.
+func (w *BackupWriter) lookup(name string) *node {
+	n := w.root
+	for name != "." && name != "" && n != nil {
+		var part string
+		part, name = cutPath(name)
+		n = n.children[part]
+	}
+	return n
+}
+
+func cutPath(name string) (first, rest string) {
+	for i := range len(name) {
+		if name[i] == '/' {
+			return name[:i], name[i+1:]
+		}
+	}
+	return name, ""
+}
+
+// writeTree stores a directory's listing, after those below it, and returns its place: the place of the prior backup's
+// listing if nothing in it changed.
+func (w *BackupWriter) writeTree(m *Manifest, n *node, name string) (Ref, error) {
+	entries := make([]Entry, 0, len(n.children))
+	for _, c := range n.children {
+		if c.children != nil {
+			ref, err := w.writeTree(m, c, path.Join(name, c.entry.Name))
+			if err != nil {
+				return Ref{}, err
+			}
+			c.entry.content = content{kind: contentTree, ref: ref}
+		} else if c.entry.Mode.IsRegular() {
+			m.Files++
+			m.SizeBytes += c.entry.Size
+		}
+		entries = append(entries, c.entry)
+	}
+	sort.Slice(entries, func(i, j int) bool { return entries[i].Name < entries[j].Name })
+	encoded, err := encodeTree(entries)
+	if err != nil {
+		return Ref{}, fmt.Errorf("encode directory %s: %w", name, err)
+	}
+	return w.writePiece(pieceTree, encoded, w.prior.tree(w.base, name))
+}
+
+// writePiece stores a metadata piece, unless its content is that of the prior one.
+func (w *BackupWriter) writePiece(kind byte, encoded []byte, prior Ref) (Ref, error) {
+	id, _ := w.r.digests.sum(encoded, nil)
+	ref := prior
+	if id != prior.ID {
+		var err error
+		if ref, err = w.packs.meta.add(kind, encoded, id, nil); err != nil {
+			return Ref{}, err
+		}
+	}
+	w.live.add(ref)
+	return ref, nil
+}
+
+// packUses lists the packs that the new backup refers to, sorted, with the live bytes of each.
+func (w *BackupWriter) packUses() ([]packUse, error) {
+	var uses []packUse
+	for id, live := range w.live.packs() {
+		size, ok := w.packs.done[id]
+		if !ok {
+			size, ok = w.prior.packSize(id)
+		}
+		if !ok {
+			return nil, fmt.Errorf("pack %s is used, but neither written nor the prior backup's", id)
+		}
+		uses = append(uses, packUse{pack: id, size: size, live: min(live, uint64(size.size))})
+	}
+	sort.Slice(uses, func(i, j int) bool { return uses[i].pack.String() < uses[j].pack.String() })
+	return uses, nil
+}
+
+// liveBytes counts stored bytes referred to, by pack.
+type liveBytes struct {
+	mu    sync.Mutex
+	count map[PackID]uint64
+}
+
+func (l *liveBytes) add(refs ...Ref) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.count == nil {
+		l.count = map[PackID]uint64{}
+	}
+	for _, r := range refs {
+		l.count[r.Pack] += uint64(r.Length)
+	}
+}
+
+func (l *liveBytes) packs() map[PackID]uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.count
+}
+
+// FileWriter takes the content of one file, in order.
+type FileWriter struct {
+	w      *BackupWriter
+	name   string
+	node   *node
+	job    *fileJob // nil: the file is small enough to lie in the tree
+	inline []byte
+	buffer []byte // window being filled; nil: none
+	left   int64  // bytes of the announced size still to come
+}
+
+// Write takes the next bytes.
+func (f *FileWriter) Write(p []byte) (int, error) {
+	if int64(len(p)) > f.left {
+		return 0, fmt.Errorf("%s: more bytes than announced", f.name)
+	}
+	f.left -= int64(len(p))
+	if f.job == nil {
+		f.inline = append(f.inline, p...)
+		return len(p), nil
+	}
+	for rest := p; len(rest) > 0; {
+		room, err := f.room()
+		if err != nil {
+			return 0, err
+		}
+		n := copy(room, rest)
+		rest = rest[n:]
+		if err := f.filled(n); err != nil {
+			return 0, err
+		}
+	}
+	return len(p), nil
+}
+
+// ReadFrom takes the bytes that r gives, to its end.
+func (f *FileWriter) ReadFrom(r io.Reader) (n int64, err error) {
+	if f.job == nil {
+		return io.CopyBuffer(struct{ io.Writer }{f}, r, make([]byte, maxInline)) // io.Copy's buffer is 32 KiB
+	}
+	for {
+		room, err := f.room()
+		if err != nil {
+			return n, err
+		}
+		k, err := io.ReadFull(r, room)
+		n, f.left = n+int64(k), f.left-int64(k)
+		if f.left < 0 {
+			return n, fmt.Errorf("%s: more bytes than announced", f.name)
+		}
+		if e := f.filled(k); e != nil {
+			return n, e
+		}
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+}
+
+// room returns the free part of the window, waiting for a buffer if it has to begin one.
+func (f *FileWriter) room() ([]byte, error) {
+	if f.buffer == nil {
+		select {
+		case f.buffer = <-f.w.buffers:
+		case <-f.w.ctx.Done():
+			return nil, context.Cause(f.w.ctx)
+		}
+	}
+	return f.buffer[len(f.buffer):cap(f.buffer)], nil
+}
+
+// filled says that n bytes were put into the room, and sends the window off when it is full.
+func (f *FileWriter) filled(n int) error {
+	f.buffer = f.buffer[:len(f.buffer)+n]
+	if len(f.buffer) < cap(f.buffer) {
+		return nil
+	}
+	return f.send()
+}
+
+func (f *FileWriter) send() error {
+	win := window{job: f.job, no: f.job.sent, content: f.buffer}
+	f.job.sent++
+	f.buffer = nil
+	select {
+	case f.w.windows <- win:
+		return nil
+	case <-f.w.ctx.Done():
+		return context.Cause(f.w.ctx)
+	}
+}
+
+// Close ends the file. It fails if fewer bytes came than were announced.
+func (f *FileWriter) Close() error {
+	f.w.open = nil
+	if f.left != 0 {
+		return fmt.Errorf("%s: %d bytes are missing", f.name, f.left)
+	}
+	if f.job == nil {
+		if len(f.inline) > 0 {
+			f.node.entry.content = content{kind: contentInline, bytes: f.inline}
+		}
+		return nil
+	}
+	if len(f.buffer) > 0 {
+		return f.send()
+	}
+	if f.buffer != nil {
+		f.w.buffers <- f.buffer
+	}
+	return nil
+}

@@ -208,6 +208,42 @@ func checkNothingLeft(t *testing.T, r *repo.Repository, s *testServer) {
 	}
 }
 
+// TestCaptureAfterTheFiles: a small backup's files may all be there before the capture takes in its first message.
+func TestCaptureAfterTheFiles(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, oldest(t), "--wal-segsize=1")
+	r := newRepository(t)
+	server, err := connect(t.Context(), s.connString(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.close(t.Context())
+	if _, err := r.BindCluster(t.Context(), "main", server.systemID, server.segmentSize); err != nil {
+		t.Fatal(err)
+	}
+	wal, err := server.openCapture(t.Context(), r, "main")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeConn(t.Context(), wal.conn)
+	s.sql("select pg_switch_wal()", "create table t ()")
+	lsn, err := pg.ParseLSN(s.sql("select pg_current_wal_insert_lsn()"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.sql("select pg_switch_wal()")
+	wal.stopLSN.Store(uint64(lsn))
+	ended, end := context.WithCancel(t.Context())
+	end()
+	got, err := wal.run(t.Context(), ended, position{lsn: lsn, timeline: 1}, server.segmentSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := server.segmentSize.Segment(lsn); got.first != want || got.last != want || got.partial != nil {
+		t.Errorf("got segments %d to %d, %d bytes of a partial one, want all of %d", got.first, got.last, len(got.partial), want)
+	}
+}
+
 func TestBackupByReplicationRole(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, oldest(t))

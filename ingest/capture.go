@@ -68,6 +68,7 @@ func (c *capture) run(ctx, untilStop context.Context, start position, size pg.Se
 	if err := c.start(ctx, c.slot, start.timeline, size, w.first); err != nil {
 		return w, serverError("stream WAL", err)
 	}
+	c.moved = time.Now()
 	for !c.complete() {
 		if err := c.receive(ctx, untilStop); err != nil {
 			return w, c.explain(ctx, err)

@@ -37,15 +37,16 @@ func (a archived) copyTo(t *testing.T, v invocation, path, backup, data string, 
 	return v.run(t, args...)
 }
 
-// discard throws a thawed directory away. One that is none, or is whole by now, is left alone.
+// discard throws a thawed directory away. One that is none, or is whole by now, is left alone. The mounts of its
+// tablespaces, which are beside it, go after its own.
 func discard(t *testing.T, data string) {
 	t.Helper()
-	if len(mountsBelow(data)) == 0 {
-		return
+	if len(mountsBelow(data)) > 0 {
+		if r := pgthaw(t, "overlay", "discard", data); len(mountsBelow(data)) > 0 {
+			r.ok(t)
+		}
 	}
-	if r := pgthaw(t, "overlay", "discard", data); len(mountsBelow(data)) > 0 {
-		r.ok(t)
-	}
+	waitFor(t, stopLimit, "end of the mounts of "+data, func() bool { return len(mountsBelow(filepath.Dir(data))) == 0 })
 }
 
 // server describes the server that a restore or a thaw started. Its postmaster.pid may lie in a mount of user postgres,

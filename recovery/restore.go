@@ -10,9 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -21,8 +19,6 @@ import (
 )
 
 const (
-	// readSize is how many bytes are read from the repository at once: neighbouring chunks come in one request.
-	readSize = 4 << 20
 	// rangeSize is what one worker takes of a file, so that a relation segment of 1 GiB keeps all of them busy.
 	rangeSize = 64 << 20
 	// controlPath is written last: without it the server does not start.
@@ -72,23 +68,6 @@ type placed struct {
 	entry repo.Entry
 	from  string // path in the backup
 	to    string
-}
-
-// restoredFile is written by as many workers as it has ranges; the first opens it, the last closes it.
-type restoredFile struct {
-	placed
-	open   sync.Once
-	err    error // of open
-	source *repo.File
-	out    *os.File
-	left   atomic.Int32 // ranges not yet written
-}
-
-// part is a range of a file, in bytes.
-type part struct {
-	file *restoredFile
-	off  int64
-	n    int64
 }
 
 // collect walks through the backup; nothing is written.
@@ -181,7 +160,11 @@ func (c *copier) writeFiles(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for range c.job.workers() {
 		g.Go(func() error {
-			buf := make([]byte, readSize)
+			buf, err := newBuffer()
+			if err != nil {
+				return err
+			}
+			defer unix.Munmap(buf)
 			for i := next.Add(1) - 1; i < int64(len(parts)); i = next.Add(1) - 1 {
 				if err := c.write(ctx, parts[i], buf); err != nil {
 					return fmt.Errorf("restore %s: %w", parts[i].file.to, err)
@@ -212,92 +195,6 @@ func (c *copier) parts() []part {
 		}
 	}
 	return parts
-}
-
-// write writes one range. ctx is that of all workers: what one of them opens, all of them read.
-func (c *copier) write(ctx context.Context, p part, buf []byte) error {
-	f := p.file
-	f.open.Do(func() { f.err = c.openFile(ctx, f) })
-	if f.err != nil {
-		return f.err
-	}
-	err := c.copyRange(ctx, p, buf)
-	if f.left.Add(-1) == 0 {
-		err = errors.Join(err, f.finish())
-	}
-	return err
-}
-
-// openFile makes the file, in its length, all hole.
-func (c *copier) openFile(ctx context.Context, f *restoredFile) (err error) {
-	if f.source, err = c.job.backup.Open(ctx, f.entry); err != nil {
-		return err
-	}
-	if f.out, err = os.OpenFile(f.to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
-		return err
-	}
-	if o := c.job.owner; o.foreign() {
-		err = f.out.Chown(o.uid, o.gid)
-	}
-	if perm := f.entry.Mode.Perm(); err == nil && perm != 0o600 {
-		err = f.out.Chmod(perm)
-	}
-	if err == nil && f.source.Size() > 0 {
-		err = f.out.Truncate(f.source.Size())
-	}
-	return err
-}
-
-// finish gives the file its time and closes it.
-func (f *restoredFile) finish() error {
-	return errors.Join(setTime(f.to, f.entry.ModTime), f.out.Close())
-}
-
-func setTime(path string, t time.Time) error {
-	ts := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(t.UnixNano())}
-	if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, ts, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return &os.PathError{Op: "utimensat", Path: path, Err: err}
-	}
-	return nil
-}
-
-// copyRange writes what is data within a range.
-func (c *copier) copyRange(ctx context.Context, p part, buf []byte) error {
-	for off, n := range p.file.source.Data() {
-		if off >= p.off+p.n {
-			break
-		}
-		end := min(off+n, p.off+p.n)
-		for off = max(off, p.off); off < end; {
-			n := min(end-off, int64(len(buf)))
-			if err := c.copyOnce(ctx, p.file, buf[:n], off); err != nil {
-				return err
-			}
-			off += n
-		}
-	}
-	c.job.progress("restore", c.done.Add(p.n), c.total)
-	return nil
-}
-
-func (c *copier) copyOnce(ctx context.Context, f *restoredFile, buf []byte, off int64) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if _, err := f.source.ReadAt(buf, off); err != nil {
-		return err
-	}
-	if _, err := f.out.WriteAt(buf, off); err != nil {
-		return err
-	}
-	startWriteback(f.out, off, int64(len(buf)))
-	return nil
-}
-
-// startWriteback has the kernel begin to bring a range to disk, so that the disk works while the next range is
-// decompressed and seal has little left to wait for. Whether it does makes no difference to what seal promises.
-func startWriteback(f *os.File, off, n int64) {
-	_ = unix.SyncFileRange(int(f.Fd()), off, n, unix.SYNC_FILE_RANGE_WRITE)
 }
 
 // seal makes all of it durable, and then complete: pg_control comes last.

@@ -84,7 +84,7 @@ func (r *Repository) newBackupWriter(ctx context.Context, o BackupOptions) (*Bac
 	if o.Workers <= 0 {
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
-	w := &BackupWriter{r: r, base: ctx, index: newChunkIndex(), live: liveBytes{}, windows: make(chan window),
+	w := &BackupWriter{r: r, base: ctx, index: newChunkIndex(), live: liveBytes{},
 		root: &node{entry: Entry{Mode: fs.ModeDir | 0o755}, children: map[string]*node{}}}
 	w.workers, w.ctx = errgroup.WithContext(ctx)
 	w.packs = newPackWriters(ctx, r)
@@ -94,7 +94,9 @@ func (r *Repository) newBackupWriter(ctx context.Context, o BackupOptions) (*Bac
 			return nil, err
 		}
 	}
-	w.buffers = make(chan []byte, 4*o.Workers)
+	// So many windows wait for a worker at most: whoever receives them and the workers seldom wait for one another.
+	w.buffers = make(chan []byte, 8*o.Workers)
+	w.windows = make(chan window, cap(w.buffers))
 	for range cap(w.buffers) {
 		w.buffers <- make([]byte, 0, ChunkSize)
 	}

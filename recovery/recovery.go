@@ -29,7 +29,7 @@ type Options struct {
 	Port   int    // 0: the cluster's own if it is free, else any that is
 	BinDir string // of PostgreSQL's programs; "": found by the backup's version
 
-	Workers  int // that write files; 0: as many as there are processors, at least two
+	Workers  int // that write files; 0: as the processors go
 	Log      *slog.Logger
 	Progress func(Progress) // called from several goroutines; may be nil
 }

@@ -176,11 +176,12 @@ func (c *copier) writeFiles(ctx context.Context) error {
 	return g.Wait()
 }
 
+// workers are two more than there are processors, for some wait for the disk. Each takes 8 MiB.
 func (o Options) workers() int {
 	if o.Workers > 0 {
 		return o.Workers
 	}
-	return max(2, runtime.NumCPU())
+	return min(runtime.NumCPU(), 16) + 2
 }
 
 // parts splits the files into ranges, in the order of the tree, which is that of the packs of a full backup.

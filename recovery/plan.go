@@ -404,18 +404,39 @@ type Point struct {
 
 // Window is what can be recovered from a backup on the latest timeline: from its end to the end of the WAL that follows
 // without a gap. To.Time is that of the last commit, or From.Time if none came later.
-func Window(ctx context.Context, r *repo.Repository, cluster string, m *repo.Manifest) (from, to Point, err error) {
-	from = Point{m.StopLSN, m.StoppedAt}
+type Window struct {
+	From Point `json:"from"`
+	To   Point `json:"to"`
+}
+
+// Windows finds those of some backups of one cluster, whose WAL it lists once. Where one cannot be found it is nil, and the
+// others come with an error.
+func Windows(ctx context.Context, r *repo.Repository, cluster string, backups []*repo.Manifest) ([]*Window, error) {
+	all := make([]*Window, len(backups))
 	a, err := openArchive(ctx, r, cluster)
 	if err != nil {
-		return from, from, err
+		return all, fmt.Errorf("recoverable windows of %s: %w", cluster, err)
 	}
+	var bad []error
+	for i, m := range backups {
+		if all[i], err = a.window(ctx, m); err != nil {
+			bad = append(bad, fmt.Errorf("recoverable window of %s: %w", m.ID, err))
+		}
+	}
+	return all, errors.Join(bad...)
+}
+
+func (a *archive) window(ctx context.Context, m *repo.Manifest) (*Window, error) {
 	p, err := a.pathOf(ctx, m, "")
 	if err != nil {
-		return from, from, err
+		return nil, err
 	}
-	to, err = p.endPoint(ctx, from)
-	return from, to, err
+	from := Point{m.StopLSN, m.StoppedAt.UTC()}
+	to, err := p.endPoint(ctx, from)
+	if err != nil {
+		return nil, err
+	}
+	return &Window{from, to}, nil
 }
 
 // endPoint is the end of the last record of the path, and the time of its last commit, but not before from.
@@ -424,7 +445,7 @@ func (p *walPath) endPoint(ctx context.Context, from Point) (Point, error) {
 	err := p.newestFirst(ctx, func(i int, s pg.WALSummary) (bool, error) {
 		to.LSN = max(to.LSN, s.EndOfRecords)
 		if s.LastCommit.After(to.Time) {
-			to.Time = s.LastCommit
+			to.Time = s.LastCommit.UTC()
 		}
 		return !s.LastCommit.IsZero(), nil
 	})

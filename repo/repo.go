@@ -218,20 +218,22 @@ func ValidClusterName(name string) error {
 	return nil
 }
 
-// Clusters lists all clusters by name.
+// Clusters lists all clusters by name. Where one cannot be read, the good ones come with an error.
 func (r *Repository) Clusters(ctx context.Context) ([]Cluster, error) {
 	var all []Cluster
+	var bad []error
 	for o, err := range r.store.List(ctx, clustersPrefix) {
 		if err != nil {
 			return nil, fmt.Errorf("list clusters: %w", err)
 		}
 		c, err := r.Cluster(ctx, strings.TrimPrefix(o.Key, clustersPrefix))
 		if err != nil {
-			return nil, err
+			bad = append(bad, err)
+			continue
 		}
 		all = append(all, c)
 	}
-	return all, nil
+	return all, errors.Join(bad...)
 }
 
 // Cluster returns what a name is bound to. ErrNoCluster: nothing.

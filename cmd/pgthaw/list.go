@@ -26,26 +26,21 @@ func listCommand() *cli.Command {
 
 // listed is a backup as list --json shows it. The window is what can be recovered from it on the latest timeline.
 type listed struct {
-	ID               string      `json:"id"`
-	Cluster          string      `json:"cluster"`
-	Label            string      `json:"label"`
-	SystemIdentifier uint64      `json:"system_identifier,string"`
-	PGVersion        string      `json:"pg_version"`
-	FromStandby      bool        `json:"from_standby"`
-	Timeline         pg.Timeline `json:"timeline"`
-	StartLSN         pg.LSN      `json:"start_lsn"`
-	StopLSN          pg.LSN      `json:"stop_lsn"`
-	StartedAt        time.Time   `json:"started_at"`
-	StoppedAt        time.Time   `json:"stopped_at"`
-	SizeBytes        int64       `json:"size_bytes"`
-	StoredBytes      int64       `json:"stored_bytes"`
-	Files            int         `json:"files"`
-	Window           *window     `json:"recoverable,omitempty"`
-}
-
-type window struct {
-	From recovery.Point `json:"from"`
-	To   recovery.Point `json:"to"`
+	ID               string           `json:"id"`
+	Cluster          string           `json:"cluster"`
+	Label            string           `json:"label"`
+	SystemIdentifier uint64           `json:"system_identifier,string"`
+	PGVersion        string           `json:"pg_version"`
+	FromStandby      bool             `json:"from_standby"`
+	Timeline         pg.Timeline      `json:"timeline"`
+	StartLSN         pg.LSN           `json:"start_lsn"`
+	StopLSN          pg.LSN           `json:"stop_lsn"`
+	StartedAt        time.Time        `json:"started_at"`
+	StoppedAt        time.Time        `json:"stopped_at"`
+	SizeBytes        int64            `json:"size_bytes"`
+	StoredBytes      int64            `json:"stored_bytes"`
+	Files            int              `json:"files"`
+	Window           *recovery.Window `json:"recoverable,omitempty"`
 }
 
 func newListed(m *repo.Manifest) listed {
@@ -67,11 +62,11 @@ func list(c *cli.Context) error {
 	}
 	defer r.Close()
 	clusters, err := chosenClusters(c.Context, r, c.Args().First())
-	if err != nil {
+	if len(clusters) == 0 && err != nil {
 		return err
 	}
+	damaged := []error{err}
 	all := []listed{}
-	var damaged []error
 	for _, cluster := range clusters {
 		backups, err := listCluster(c.Context, r, cluster.Name)
 		all = append(all, backups...)
@@ -83,34 +78,28 @@ func list(c *cli.Context) error {
 	return errors.Join(append(damaged, printList(c.App.Writer, clusters, all))...)
 }
 
+// chosenClusters are one, or all: those that can be read, and the errors of those that cannot.
 func chosenClusters(ctx context.Context, r *repo.Repository, name string) ([]repo.Cluster, error) {
 	if name == "" {
 		return r.Clusters(ctx)
 	}
 	cluster, err := r.Cluster(ctx, name)
-	return []repo.Cluster{cluster}, err
+	if err != nil {
+		return nil, err
+	}
+	return []repo.Cluster{cluster}, nil
 }
 
 // listCluster returns the backups that can be read, and the errors of those that cannot.
 func listCluster(ctx context.Context, r *repo.Repository, cluster string) (backups []listed, err error) {
 	manifests, err := r.Backups(ctx, cluster)
-	damaged := []error{err}
-	for _, m := range manifests {
+	windows, windowsErr := recovery.Windows(ctx, r, cluster, manifests)
+	for i, m := range manifests {
 		b := newListed(m)
-		b.Window, err = recoverable(ctx, r, m)
-		damaged = append(damaged, err)
+		b.Window = windows[i]
 		backups = append(backups, b)
 	}
-	return backups, errors.Join(damaged...)
-}
-
-func recoverable(ctx context.Context, r *repo.Repository, m *repo.Manifest) (*window, error) {
-	from, to, err := recovery.Window(ctx, r, m.Cluster, m)
-	if err != nil {
-		return nil, fmt.Errorf("recoverable window of %s: %w", m.ID, err)
-	}
-	from.Time, to.Time = from.Time.UTC(), to.Time.UTC()
-	return &window{from, to}, nil
+	return backups, errors.Join(err, windowsErr)
 }
 
 func printList(w io.Writer, clusters []repo.Cluster, all []listed) error {
@@ -156,8 +145,8 @@ func shortVersion(v string) string {
 }
 
 // joined are the windows of a cluster's backups, oldest first, those that touch made one.
-func joined(backups []listed) []window {
-	var all []window
+func joined(backups []listed) []recovery.Window {
+	var all []recovery.Window
 	for _, b := range backups {
 		switch last := len(all) - 1; {
 		case b.Window == nil:

@@ -10,10 +10,10 @@ import (
 
 func TestWindowsThatTouchAreOne(t *testing.T) {
 	at := func(from, to pg.LSN) listed {
-		return listed{Window: &window{recovery.Point{LSN: from}, recovery.Point{LSN: to}}}
+		return listed{Window: &recovery.Window{From: recovery.Point{LSN: from}, To: recovery.Point{LSN: to}}}
 	}
 	got := joined([]listed{at(10, 20), at(15, 18), {}, at(20, 30), at(40, 50)})
-	want := []window{*at(10, 30).Window, *at(40, 50).Window}
+	want := []recovery.Window{*at(10, 30).Window, *at(40, 50).Window}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}

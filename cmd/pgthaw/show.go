@@ -9,6 +9,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"pgthaw/recovery"
 	"pgthaw/repo"
 )
 
@@ -23,7 +24,7 @@ func showCommand() *cli.Command {
 // shown is the manifest, as it lies in the repository, with what can be recovered from it.
 type shown struct {
 	*repo.Manifest
-	Window *window `json:"recoverable"`
+	Window *recovery.Window `json:"recoverable"`
 }
 
 func show(c *cli.Context) error {
@@ -40,17 +41,17 @@ func show(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	w, err := recoverable(c.Context, r, m)
+	w, err := recovery.Windows(c.Context, r, m.Cluster, []*repo.Manifest{m})
 	if err != nil {
 		return err
 	}
 	if c.Bool("json") {
-		return printJSON(c.App.Writer, shown{m, w})
+		return printJSON(c.App.Writer, shown{m, w[0]})
 	}
-	return printShown(c.App.Writer, m, w)
+	return printShown(c.App.Writer, m, w[0])
 }
 
-func printShown(w io.Writer, m *repo.Manifest, win *window) error {
+func printShown(w io.Writer, m *repo.Manifest, win *recovery.Window) error {
 	t := table{
 		{"Backup", m.ID},
 		{"Cluster", m.Cluster},

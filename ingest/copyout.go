@@ -87,7 +87,7 @@ func (c *copyOut) advance() error {
 	}
 	what, err := c.m.r.ReadByte()
 	if err != nil {
-		return cutShort(err)
+		return lost(err)
 	}
 	c.m.left--
 	return c.begin(what)

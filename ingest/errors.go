@@ -7,7 +7,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// ErrRefused says that PostgreSQL refused: the connection, by its version or by its settings.
+// ErrRefused says that PostgreSQL refused, the connection, by its version or by its settings, or broke off.
 var ErrRefused = errors.New("refused by PostgreSQL")
 
 // Error is an error whose next step is known.
@@ -22,7 +22,7 @@ func (e *Error) Error() string { return e.err.Error() }
 // Hint is a sentence that names the next step, in PostgreSQL's style.
 func (e *Error) Hint() string { return e.hint }
 
-// Unwrap gives the cause, and ErrRefused where it was the server that said no.
+// Unwrap gives the cause, and ErrRefused where it was the server that said no, or went away.
 func (e *Error) Unwrap() []error {
 	if e.refused {
 		return []error{ErrRefused, e.err}
@@ -64,10 +64,13 @@ var hints = map[string]string{
 }
 
 // serverError wraps what came of a command to the server. Where the server itself answered with an error, it is
-// ErrRefused with the hint that is known, else the server's own.
+// ErrRefused with the hint that is known, else the server's own; where the server went away, with the place to look.
 func serverError(attempted string, err error) error {
 	err = fmt.Errorf("%s: %w", attempted, err)
 	var pgErr *pgconn.PgError
+	if errors.Is(err, errLost) {
+		return &Error{err: err, hint: "The server's log says why, if it was not the network.", refused: true}
+	}
 	if !errors.As(err, &pgErr) {
 		return err
 	}

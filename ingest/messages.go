@@ -66,11 +66,11 @@ func (m *messages) next() (byte, error) {
 
 func (m *messages) header() (byte, error) {
 	if _, err := m.r.Discard(m.left); err != nil {
-		return 0, cutShort(err)
+		return 0, lost(err)
 	}
 	header, err := m.r.Peek(messageHeaderBytes)
 	if err != nil {
-		return 0, cutShort(err)
+		return 0, lost(err)
 	}
 	kind, length := header[0], int64(binary.BigEndian.Uint32(header[1:]))-4
 	limit := int64(maxMessageBytes)
@@ -88,11 +88,16 @@ func (m *messages) header() (byte, error) {
 // errLost is the end of the stream where more must come: the server, or the network, is gone.
 var errLost = errors.New("the server closed the connection unexpectedly")
 
-func cutShort(err error) error {
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
+// lost is what an error of the connection itself means.
+func lost(err error) error {
+	var pgErr *pgconn.PgError
+	switch {
+	case err == nil, errors.As(err, &pgErr): // the server said why
+		return err
+	case err == io.EOF, err == io.ErrUnexpectedEOF:
 		return errLost
 	}
-	return err
+	return fmt.Errorf("%w: %w", errLost, err)
 }
 
 // body reads what is left of the current message.
@@ -103,14 +108,14 @@ func (m *messages) body() ([]byte, error) {
 	b := make([]byte, m.left)
 	_, err := io.ReadFull(m.r, b)
 	m.left = 0
-	return b, cutShort(err)
+	return b, lost(err)
 }
 
 // read takes at most len(p) bytes of the current message's body.
 func (m *messages) read(p []byte) (int, error) {
 	n, err := m.r.Read(p[:min(len(p), m.left)])
 	m.left -= n
-	return n, cutShort(err)
+	return n, lost(err)
 }
 
 func (m *messages) passNotice() error {

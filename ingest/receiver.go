@@ -56,7 +56,7 @@ func (r *receiver) step(ctx, wait context.Context) error {
 		if wait.Err() != nil && !r.conn.IsClosed() {
 			return nil
 		}
-		return err
+		return lost(err)
 	}
 	switch m := message.(type) {
 	case *pgproto3.CopyData:
@@ -159,7 +159,7 @@ func (r *receiver) send(flushed pg.LSN) error {
 	if err != nil {
 		return err
 	}
-	return r.conn.Frontend().SendUnbufferedEncodedCopyData(message)
+	return lost(r.conn.Frontend().SendUnbufferedEncodedCopyData(message))
 }
 
 // postgresEpoch is where the protocol's times begin.

@@ -24,7 +24,7 @@ func TestBackupFails(t *testing.T) {
 		{"terminated", func(b backupUnderWay) { b.failed(t, syscall.SIGTERM, 130) }},
 		{"server killed", func(b backupUnderWay) {
 			a.Kill()
-			b.failed(t, 0, 1, 18)
+			b.failed(t, 0, 18)
 			a.Start()
 		}},
 	} {
@@ -121,7 +121,7 @@ func TestBackupDiskFull(t *testing.T) {
 	before := objects(t, a.repo)
 	a.SQL("CREATE TABLE noise AS SELECT md5(i::text) || md5((i * 7)::text) AS x FROM generate_series(1, 1500000) i")
 	r := a.pgthaw(t, "backup", "main", "--pg-connection", a.dsn("postgres"))
-	if r.exits(t, 1, 20, 24); !strings.Contains(r.stderr, "no space left on device") {
+	if r.exits(t, 1); !strings.Contains(r.stderr, "no space left on device") {
 		t.Errorf("it does not say that the disk is full:\n%s", r.stderr)
 	}
 	t.Logf("exit code %d: %s", r.code, r.stderr)

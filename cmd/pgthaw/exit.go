@@ -23,8 +23,8 @@ const (
 	exitMount       = 19
 	exitInterrupted = 130
 
-	exitNoSuchWAL = 1   // wal fetch: PostgreSQL may take this for the end of WAL
-	exitStop      = 200 // wal fetch: recovery must stop (xlogarchive.c: over 125)
+	exitNoSuchWAL = 1 // wal fetch: PostgreSQL may take this for the end of WAL
+	exitStop      = recovery.WALFetchFailed
 )
 
 var errInterrupted = errors.New("interrupted")
@@ -53,7 +53,7 @@ var exits = []exit{
 	{16, "repository damaged", anyOf(repo.ErrCorrupt), "What is damaged is named above; other backups may not use it. Nothing wrong was written."},
 	{17, "directory not usable: not empty, another cluster's, in use by a server, or not a thawed one",
 		anyOf(recovery.ErrTargetDir, recovery.ErrServerRunning, recovery.ErrNoOverlay, errFilled), ""},
-	{18, "PostgreSQL refused: connection, version, settings, or did not start", anyOf(ingest.ErrRefused, recovery.ErrServer), ""},
+	{18, "PostgreSQL refused, broke off or did not start: connection, version, settings", anyOf(ingest.ErrRefused, recovery.ErrServer), ""},
 	{exitMount, "mount failed, lost, in use, or not there", isMountError, ""},
 	{20, "store out of reach", isOutOfReach, "Nothing was changed. Try again when the repository's storage answers."},
 	{21, "a repository exists there already", anyOf(repo.ErrRepositoryExists), "Nothing was changed. Use it, or choose another URL."},

@@ -1,6 +1,7 @@
 package recovery
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,10 +11,13 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"pgthaw/repo"
 )
 
 // The control socket is an abstract one, so that it leaves nothing behind and needs no directory: its name tells the
@@ -23,20 +27,38 @@ const (
 	commandHydrate = "hydrate" // do not hold back any longer
 	commandFinish  = "finish"  // hydrate without a limit; it also ends "off"
 	commandStop    = "stop"    // take the mounts off and exit
+	commandWAL     = "wal"     // a file of WAL, whose bytes follow the answer
 )
 
 type request struct {
 	Command string `json:"command"`
+	Cluster string `json:"cluster,omitempty"` // of WAL
+	WAL     string `json:"wal,omitempty"`     // its file's name
 }
 
 type reply struct {
 	Error  string        `json:"error,omitempty"`
-	Busy   bool          `json:"busy,omitempty"` // the error is that the mount is in use
-	Status OverlayStatus `json:"status"`
+	Busy   bool          `json:"busy,omitempty"`   // the error is that the mount is in use
+	Absent bool          `json:"absent,omitempty"` // the error is repo.ErrNoWAL
+	Status OverlayStatus `json:"status,omitzero"`
+	Bytes  int64         `json:"bytes,omitempty"` // of WAL
+
+	wal []byte // follows the line
 }
 
-// controlTimeout bounds one question and its answer. Counting a million files takes seconds.
-const controlTimeout = 30 * time.Second
+const (
+	// controlTimeout bounds one question and its answer. Counting a million files takes seconds.
+	controlTimeout = 30 * time.Second
+	// walTimeout is more than the store's driver takes before it gives up.
+	walTimeout = 15 * time.Minute
+)
+
+func (q request) timeout() time.Duration {
+	if q.Command == commandWAL {
+		return walTimeout
+	}
+	return controlTimeout
+}
 
 // maxSocketName is less than sun_path's 108 bytes (unix(7)).
 const maxSocketName = 100
@@ -51,17 +73,22 @@ func controlAddress(dir string) *net.UnixAddr {
 	return &net.UnixAddr{Net: "unix", Name: "@" + name}
 }
 
-// errNoDaemon: nobody listens on the control socket.
-var errNoDaemon = errors.New("no daemon serves it")
+// ErrNoDaemon: nobody listens on the overlay's control socket.
+var ErrNoDaemon = errors.New("no daemon serves it")
 
-// ask puts one question to the daemon of the overlay at dir. One that is just ending hangs up: it is asked again until it
-// answers or is gone. No question does harm twice.
+// ask puts one question to the daemon of the overlay at dir.
 func ask(ctx context.Context, dir, command string) (OverlayStatus, error) {
+	r, err := askFor(ctx, dir, request{Command: command})
+	return r.Status, err
+}
+
+// askFor asks a daemon that is just ending, which hangs up, until it answers or is gone. No question does harm twice.
+func askFor(ctx context.Context, dir string, q request) (reply, error) {
 	deadline := time.Now().Add(endingLimit)
 	for pause := newPause(); ; {
-		s, err := askOnce(ctx, dir, command)
+		r, err := askOnce(ctx, dir, q)
 		if !hungUp(err) || time.Now().After(deadline) || pause.sleep(ctx) != nil {
-			return s, err
+			return r, err
 		}
 	}
 }
@@ -73,36 +100,67 @@ func hungUp(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, io.EOF)
 }
 
-func askOnce(ctx context.Context, dir, command string) (OverlayStatus, error) {
+func askOnce(ctx context.Context, dir string, q request) (r reply, err error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", controlAddress(dir).Name)
 	if errors.Is(err, syscall.ECONNREFUSED) {
-		return OverlayStatus{}, fmt.Errorf("%s: %w", dir, errNoDaemon)
+		return r, fmt.Errorf("%s: %w", dir, ErrNoDaemon)
 	}
 	if err != nil {
-		return OverlayStatus{}, fmt.Errorf("ask the daemon of %s: %w", dir, err)
+		return r, fmt.Errorf("ask the daemon of %s: %w", dir, err)
 	}
 	defer conn.Close()
 	// Anybody may open a socket of any name: an ordinary user believes root and itself, root whoever runs a daemon.
-	if os.Geteuid() != 0 && !trusted(conn.(*net.UnixConn)) {
-		return OverlayStatus{}, fmt.Errorf("the control socket of %s is not its owner's", dir)
+	if uid, err := peerUser(conn.(*net.UnixConn)); err != nil || os.Geteuid() != 0 && !trusted(uid) {
+		return r, fmt.Errorf("the control socket of %s is not its owner's", dir)
 	}
 	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
-	conn.SetDeadline(time.Now().Add(controlTimeout))
-	var r reply
-	err = json.NewEncoder(conn).Encode(request{command})
-	if err == nil {
-		err = json.NewDecoder(conn).Decode(&r)
+	conn.SetDeadline(time.Now().Add(q.timeout()))
+	if r, err = converse(conn, q); err != nil {
+		return r, fmt.Errorf("ask the daemon of %s: %w", dir, err)
 	}
+	return r, r.failure(dir)
+}
+
+// converse sends a question and takes in all of the answer.
+func converse(conn net.Conn, q request) (r reply, err error) {
+	if err := json.NewEncoder(conn).Encode(q); err != nil {
+		return r, err
+	}
+	answer := bufio.NewReader(conn)
+	line, err := answer.ReadBytes('\n')
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(line, &r); err != nil || r.Bytes == 0 {
+		return r, err
+	}
+	if r.Bytes < 0 || r.Bytes > maxWALFile {
+		return r, fmt.Errorf("an answer of %d bytes", r.Bytes)
+	}
+	r.wal = make([]byte, r.Bytes)
+	_, err = io.ReadFull(answer, r.wal)
+	return r, err
+}
+
+// maxQuestion is more bytes than any question has.
+const maxQuestion = 4096
+
+// maxWALFile is the largest segment PostgreSQL has (initdb --wal-segsize).
+const maxWALFile = 1 << 30
+
+// failure is what the daemon reported of the overlay at dir.
+func (r reply) failure(dir string) error {
 	switch {
-	case err != nil:
-		return r.Status, fmt.Errorf("ask the daemon of %s: %w", dir, err)
+	case r.Error == "":
+		return nil
 	case r.Busy:
-		return r.Status, fmt.Errorf("%s: %w", dir, syscall.EBUSY)
-	case r.Error != "":
-		return r.Status, fmt.Errorf("%s: %s", dir, r.Error)
+		return fmt.Errorf("%s: %w", dir, syscall.EBUSY)
+	case r.Absent:
+		return fmt.Errorf("%s: %w", r.Error, repo.ErrNoWAL)
+	default:
+		return fmt.Errorf("%s: %s", dir, r.Error)
 	}
-	return r.Status, nil
 }
 
 // listen opens the control socket.
@@ -114,8 +172,10 @@ func listen(dir string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// serveControl answers until the listener is closed.
-func serveControl(l *net.UnixListener, answer func(command string) reply) error {
+// serveControl answers until the listener is closed. owner is the user whose data directory it is.
+func serveControl(l *net.UnixListener, owner int, answer func(request) reply) error {
+	var serving sync.WaitGroup
+	defer serving.Wait()
 	for {
 		conn, err := l.AcceptUnix()
 		if errors.Is(err, net.ErrClosed) {
@@ -124,29 +184,35 @@ func serveControl(l *net.UnixListener, answer func(command string) reply) error 
 		if err != nil {
 			return fmt.Errorf("control socket: %w", err)
 		}
-		serveOne(conn, answer)
+		serving.Go(func() { serveOne(conn, owner, answer) })
 	}
 }
 
 // serveOne answers one question. Whoever asks wrongly, or hangs up, gets nothing.
-func serveOne(conn *net.UnixConn, answer func(command string) reply) {
+func serveOne(conn *net.UnixConn, owner int, answer func(request) reply) {
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(controlTimeout))
-	if !trusted(conn) {
+	uid, err := peerUser(conn)
+	if err != nil {
 		return
 	}
 	var q request
-	if err := json.NewDecoder(conn).Decode(&q); err != nil {
+	if err := json.NewDecoder(io.LimitReader(conn, maxQuestion)).Decode(&q); err != nil {
 		return
 	}
-	_ = json.NewEncoder(conn).Encode(answer(q.Command))
+	r := reply{Error: fmt.Sprintf("user %d may not ask for that", uid)}
+	if trusted(uid) || uid == owner && q.Command == commandWAL {
+		r = answer(q)
+	}
+	r.Bytes = int64(len(r.wal))
+	conn.SetDeadline(time.Now().Add(controlTimeout))
+	if err := json.NewEncoder(conn).Encode(r); err == nil {
+		_, _ = conn.Write(r.wal)
+	}
 }
 
 // trusted holds for root and for the user that runs this.
-func trusted(conn *net.UnixConn) bool {
-	uid, err := peerUser(conn)
-	return err == nil && (uid == 0 || uid == os.Geteuid())
-}
+func trusted(uid int) bool { return uid == 0 || uid == os.Geteuid() }
 
 // peerUser is who opened the other end of a connection.
 func peerUser(conn *net.UnixConn) (uid int, err error) {

@@ -103,6 +103,10 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 	if err != nil {
 		return err
 	}
+	owner, err := d.bare.owner()
+	if err != nil {
+		return err
+	}
 	control, err := listen(d.dir)
 	if err != nil {
 		return err
@@ -115,10 +119,16 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 		return errors.Join(err, d.unmountAll())
 	}
 	d.log.Info("overlay is mounted", "target", d.dir, "cluster", m.Cluster, "backup", m.ID)
+	// Those who still use the mount when ctx has ended may ask for WAL, too.
+	answering, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
 	var g errgroup.Group
-	g.Go(func() error { return serveControl(control, d.answer) })
+	g.Go(func() error {
+		return serveControl(control, owner, func(q request) reply { return d.answer(answering, q) })
+	})
 	err = d.run(ctx)
 	control.Close()
+	end()
 	return errors.Join(err, g.Wait())
 }
 
@@ -338,10 +348,12 @@ func (d *daemon) fail(what string, err error) {
 	d.lastErr, d.errAt = err, time.Now().UTC()
 }
 
-// answer does what was asked for on the control socket.
-func (d *daemon) answer(command string) reply {
+// answer does what was asked for on the control socket. Several questions may be answered at once.
+func (d *daemon) answer(ctx context.Context, q request) reply {
 	var err error
-	switch command {
+	switch q.Command {
+	case commandWAL:
+		return d.wal(ctx, q)
 	case commandStatus:
 	case commandHydrate:
 		d.change(func(m *hydration) { m.held = false })
@@ -353,11 +365,23 @@ func (d *daemon) answer(command string) reply {
 	case commandStop:
 		err = d.stop()
 	default:
-		err = fmt.Errorf("unknown command %q", command)
+		err = fmt.Errorf("unknown command %q", q.Command)
 	}
 	r := reply{Status: d.status()}
 	if err != nil {
 		r.Error, r.Busy = err.Error(), errors.Is(err, syscall.EBUSY)
+	}
+	return r
+}
+
+// wal answers restore_command.
+func (d *daemon) wal(ctx context.Context, q request) (r reply) {
+	err := fmt.Errorf("this is a copy of cluster %s, not of %s", d.record.Cluster, q.Cluster)
+	if q.Cluster == d.record.Cluster {
+		r.wal, err = walFile(ctx, d.repo, q.Cluster, q.WAL)
+	}
+	if err != nil {
+		return reply{Error: err.Error(), Absent: errors.Is(err, repo.ErrNoWAL)}
 	}
 	return r
 }

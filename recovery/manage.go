@@ -20,7 +20,7 @@ func Status(ctx context.Context, dir string) (OverlayStatus, error) {
 		return OverlayStatus{}, err
 	}
 	s, err := ask(ctx, dir, commandStatus)
-	if !errors.Is(err, errNoDaemon) {
+	if !errors.Is(err, ErrNoDaemon) {
 		return s, err
 	}
 	ours, _, err := fusefs.IsMount(dir)
@@ -97,7 +97,7 @@ func Resume(ctx context.Context, dir string, spawn func(ctx context.Context, dir
 	if err != nil {
 		return err
 	}
-	if _, err := ask(ctx, dir, commandStatus); !errors.Is(err, errNoDaemon) {
+	if _, err := ask(ctx, dir, commandStatus); !errors.Is(err, ErrNoDaemon) {
 		return err
 	}
 	r, whole, err := takeUp(dir)
@@ -156,14 +156,14 @@ func Finish(ctx context.Context, dir string, progress func(Progress)) error {
 		return err
 	}
 	_, err = ask(ctx, dir, commandFinish)
-	if errors.Is(err, errNoDaemon) {
+	if errors.Is(err, ErrNoDaemon) {
 		return finishUnserved(ctx, dir)
 	}
 	var hydrated time.Time
 	for err == nil {
 		asked := time.Now()
 		s, err := ask(ctx, dir, commandStatus)
-		if errors.Is(err, errNoDaemon) {
+		if errors.Is(err, ErrNoDaemon) {
 			return finishUnserved(ctx, dir)
 		}
 		if err != nil {
@@ -258,7 +258,7 @@ func markedRecord(dir string) (record, error) {
 // stopDaemon has the daemon, if there is one, unmount and end.
 func stopDaemon(ctx context.Context, dir string) error {
 	s, err := ask(ctx, dir, commandStatus)
-	if errors.Is(err, errNoDaemon) {
+	if errors.Is(err, ErrNoDaemon) {
 		return nil
 	}
 	if err == nil && s.ServerPID != 0 {
@@ -271,7 +271,7 @@ func stopDaemon(ctx context.Context, dir string) error {
 		return withHint(fmt.Errorf("discard %s: it is in use: %w", dir, err),
 			"Something has a file open there or its working directory; see fuser -vm.")
 	}
-	if err != nil && !errors.Is(err, errNoDaemon) { // which it may be by now: all was whole
+	if err != nil && !errors.Is(err, ErrNoDaemon) { // which it may be by now: all was whole
 		return err
 	}
 	return awaitEnd(ctx, dir)

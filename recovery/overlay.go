@@ -79,6 +79,15 @@ func writeRecord(dir string, r record) error {
 	return os.WriteFile(filepath.Join(dir, recordName), append(text, '\n'), 0o600)
 }
 
+// owner is the user that the server runs as.
+func (b bareDir) owner() (uid int, err error) {
+	info, err := b.Stat(".")
+	if err != nil {
+		return 0, err
+	}
+	return int(info.Sys().(*syscall.Stat_t).Uid), nil
+}
+
 // whole tells whether the directory has been sealed: it is a data directory like any other.
 func (b bareDir) whole() bool {
 	_, err := b.Lstat(versionFile)

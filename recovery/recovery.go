@@ -110,9 +110,6 @@ func prepare(ctx context.Context, r *repo.Repository, o Options) (*job, error) {
 	if j.owner, err = serverOwner(ctx, j.dir(), j.backup); err != nil {
 		return nil, err
 	}
-	if err := j.tryRestoreCommand(ctx); err != nil {
-		return nil, err
-	}
 	files, err := readConfFiles(ctx, j.backup)
 	if err != nil {
 		return nil, fmt.Errorf("read configuration files of the backup: %w", err)

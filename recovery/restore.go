@@ -29,6 +29,9 @@ const (
 // Interrupted, it leaves a directory that cannot start.
 func Restore(ctx context.Context, r *repo.Repository, o Options) (Result, error) {
 	j, err := prepare(ctx, r, o)
+	if err == nil {
+		err = j.tryRestoreCommand(ctx)
+	}
 	if err != nil {
 		return Result{}, err
 	}

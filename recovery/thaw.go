@@ -28,6 +28,9 @@ func Thaw(ctx context.Context, r *repo.Repository, o ThawOptions) (Result, error
 		return Result{}, err
 	}
 	j, err := prepare(ctx, r, o.Options)
+	if err == nil {
+		err = j.tryOverlayRestoreCommand(ctx)
+	}
 	if err != nil {
 		return Result{}, err
 	}

@@ -18,18 +18,41 @@ import (
 // later on that timeline. Whatever else keeps the file from its place, a gap too, is another error: PostgreSQL takes an
 // exit of 1 for the end of WAL, and promotes (xlogarchive.c).
 func FetchWAL(ctx context.Context, r *repo.Repository, cluster, name, path string) error {
-	n, err := pg.ParseWALName(name)
-	if err != nil {
-		return err
-	}
-	content, err := r.WAL(ctx, cluster, n)
-	if errors.Is(err, repo.ErrNoWAL) {
-		content, err = standIn(ctx, r, cluster, n)
-	}
+	content, err := walFile(ctx, r, cluster, name)
 	if err != nil {
 		return err
 	}
 	return putInPlace(path, content)
+}
+
+// FetchOverlayWAL does what FetchWAL does, through the daemon of the overlay at dir: the server's user needs no access to
+// the repository, nor to its key. ErrNoDaemon: the overlay is an ordinary directory by now, or its daemon died.
+func FetchOverlayWAL(ctx context.Context, dir, cluster, name, path string) error {
+	dir, err := canonical(dir)
+	if err != nil {
+		return err
+	}
+	r, err := askFor(ctx, dir, request{Command: commandWAL, Cluster: cluster, WAL: name})
+	if err != nil {
+		return err
+	}
+	if len(r.wal) == 0 {
+		return fmt.Errorf("the daemon of %s gave no bytes for %s", dir, name)
+	}
+	return putInPlace(path, r.wal)
+}
+
+// walFile is the content of the WAL file called name, or of what may stand for it.
+func walFile(ctx context.Context, r *repo.Repository, cluster, name string) ([]byte, error) {
+	n, err := pg.ParseWALName(name)
+	if err != nil {
+		return nil, err
+	}
+	content, err := r.WAL(ctx, cluster, n)
+	if errors.Is(err, repo.ErrNoWAL) {
+		return standIn(ctx, r, cluster, n)
+	}
+	return content, err
 }
 
 // standIn is called when a file seems to be absent. It returns what may be given in its stead, or makes sure.

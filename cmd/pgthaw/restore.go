@@ -24,7 +24,10 @@ func restoreCommand() *cli.Command {
 
 func restore(c *cli.Context) error {
 	p := newProgress(c)
-	return recoverBackup(c, p, func(ctx context.Context, r *repo.Repository, o recovery.Options) (recovery.Result, error) {
+	return recoverBackup(c, p, func(ctx context.Context, r *repo.Repository, o recovery.Options) (_ recovery.Result, err error) {
+		if o.RestoreCommand, err = restoreCommandFor(r.URL(), o.Cluster, ""); err != nil {
+			return recovery.Result{}, err
+		}
 		return recovery.Restore(ctx, r, o)
 	})
 }
@@ -40,9 +43,6 @@ func recoverBackup(c *cli.Context, p *progress, do func(context.Context, *repo.R
 		return err
 	}
 	defer r.Close()
-	if o.RestoreCommand, err = restoreCommandFor(r.URL(), o.Cluster); err != nil {
-		return err
-	}
 	o.Progress = func(g recovery.Progress) { p.update(g.Phase, g.Done, g.Total) }
 	result, err := do(c.Context, r, o)
 	p.done()

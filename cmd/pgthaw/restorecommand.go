@@ -3,17 +3,27 @@ package main
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 )
 
 // restoreCommandFor is the restore_command that fetches a cluster's WAL with this binary. The server runs it with its own
-// environment and working directory, so it names everything outright.
-func restoreCommandFor(repoURL, cluster string) (string, error) {
+// environment and working directory, so it names everything outright. With overlay, a data directory, its daemon is asked
+// first: that has the repository open, and may have the right to.
+func restoreCommandFor(repoURL, cluster, overlay string) (string, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return "", fmt.Errorf("find this program: %w", err)
 	}
-	words := []string{self, "--repo", repoURL, "wal", "fetch", cluster}
+	words := []string{self, "--repo", repoURL, "wal", "fetch"}
+	if overlay != "" {
+		dir, err := filepath.Abs(overlay)
+		if err != nil {
+			return "", err
+		}
+		words = append(words, "--overlay", dir)
+	}
+	words = append(words, cluster)
 	for i, w := range words {
 		words[i] = strings.ReplaceAll(shellQuote(w), "%", "%%")
 	}

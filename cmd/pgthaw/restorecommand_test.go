@@ -19,11 +19,16 @@ func TestShellQuote(t *testing.T) {
 }
 
 func TestRestoreCommandDoublesPercentSigns(t *testing.T) {
-	got, err := restoreCommandFor("file:///50%25/r", "main")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if want := ` --repo 'file:///50%%25/r' wal fetch main "%f" "%p"`; !strings.HasSuffix(got, want) || !strings.HasPrefix(got, "/") {
-		t.Errorf("got %s, want an absolute path and%s", got, want)
+	for overlay, want := range map[string]string{
+		"":           ` --repo 'file:///50%%25/r' wal fetch main "%f" "%p"`,
+		"/data/50%a": ` --repo 'file:///50%%25/r' wal fetch --overlay '/data/50%%a' main "%f" "%p"`,
+	} {
+		got, err := restoreCommandFor("file:///50%25/r", "main", overlay)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(got, want) || !strings.HasPrefix(got, "/") {
+			t.Errorf("got %s, want an absolute path and%s", got, want)
+		}
 	}
 }

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+
 	"github.com/urfave/cli/v2"
 
 	"pgthaw/recovery"
@@ -12,6 +14,7 @@ func walFetchCommand() *cli.Command {
 		Description: "restore_command = 'pgthaw --repo URL wal fetch CLUSTER \"%f\" \"%p\"'\n" +
 			"Exits 0 with the verified file at PATH, 1 if the repository certainly has neither FILE nor anything later on its\n" +
 			"timeline, and 200 for anything else, which makes PostgreSQL stop instead of promote with what it has.",
+		Flags:  []cli.Flag{text("overlay", "ask the daemon of the overlay at `DIR`; without one, the repository")},
 		Action: walFetch,
 	}
 }
@@ -20,6 +23,12 @@ func walFetch(c *cli.Context) error {
 	args, err := arguments(c, "CLUSTER", "FILE", "PATH")
 	if err != nil {
 		return err
+	}
+	if dir := c.String("overlay"); dir != "" {
+		err := recovery.FetchOverlayWAL(c.Context, dir, args[0], args[1], args[2])
+		if !errors.Is(err, recovery.ErrNoDaemon) {
+			return err
+		}
 	}
 	r, err := openRepository(c)
 	if err != nil {

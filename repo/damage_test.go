@@ -16,7 +16,7 @@ import (
 	"pgthaw/repo/pg"
 )
 
-var damages = flag.Int("damages", 2000, "damages to do to a repository")
+var damages = flag.Int("damages", 1000, "damages to do to a repository, to one of either seal")
 
 // smallFiles make a repository with every kind of object and content in it, small enough to be read thousands of times.
 func smallFiles() testFiles {

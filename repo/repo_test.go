@@ -233,10 +233,8 @@ func testReadAtEveryEdge(t *testing.T, keys ...Key) {
 
 // TestChangedPagesOnly writes a file again and again with a few pages changed: every backup reads right, and costs
 // about its changed pages.
-func TestChangedPagesOnly(t *testing.T) { bothSeals(t, testChangedPagesOnly) }
-
-func testChangedPagesOnly(t *testing.T, keys ...Key) {
-	r := newTestRepository(t, keys...)
+func TestChangedPagesOnly(t *testing.T) {
+	r := newTestRepository(t)
 	const n = 2000
 	files := testFiles{"pgdata/PG_VERSION": []byte("15\n"), "pgdata/base/5/2": pagesOf(3, n), "pgdata/base/5/9": pagesOf(9, 100)}
 	b := writeTestBackup(t, r, files, nil)

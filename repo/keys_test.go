@@ -118,7 +118,7 @@ func TestConfigIsAuthentic(t *testing.T) {
 		"authentication": {func(c *config) { c.Authentication = "" }, ErrCorrupt},
 		"encryption":     {func(c *config) { c.Encryption = "aes-128" }, ErrCorrupt},
 		"digest key":     {func(c *config) { c.DigestKey = strings.Repeat("ab", 32) }, ErrCorrupt},
-		"downgrade":      {func(c *config) { c.Encryption, c.DigestKey = encryptionNone, strings.Repeat("ab", 32) }, ErrNotEncrypted},
+		"downgrade":      {func(c *config) { c.Encryption, c.DigestKey = EncryptionNone, strings.Repeat("ab", 32) }, ErrNotEncrypted},
 	} {
 		c := was
 		change.do(&c)

@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -60,9 +61,11 @@ type config struct {
 const (
 	configKey        = "config"
 	configKind       = "pgthaw repository"
-	encryptionNone   = "none"
 	encryptionAESGCM = "aes-256-gcm"
 )
+
+// EncryptionNone is the encryption of a repository that is not encrypted.
+const EncryptionNone = "none"
 
 // Init makes a repository at the URL, encrypted if there are keys: each can open it then. ErrRepositoryExists: there is
 // one already. ErrNotEmpty: something else is there.
@@ -97,6 +100,9 @@ func initStore(ctx context.Context, s store.Store, keys []Key) error {
 	}
 	err = s.Put(ctx, configKey, body)
 	if errors.Is(err, store.ErrExist) {
+		if got, err := s.Get(ctx, configKey, 0, -1); err == nil && bytes.Equal(got, body) {
+			return nil // a store that tried twice met its own first attempt
+		}
 		err = ErrRepositoryExists
 		for _, slot := range slots { // of a repository that will never be
 			err = errors.Join(err, s.Delete(ctx, slot.key()))
@@ -117,7 +123,7 @@ func newConfig(keys []Key) (c config, slots []KeySlot, err error) {
 	if len(keys) == 0 {
 		var key [keySize]byte
 		rand.Read(key[:])
-		c.Encryption, c.DigestKey = encryptionNone, hex.EncodeToString(key[:])
+		c.Encryption, c.DigestKey = EncryptionNone, hex.EncodeToString(key[:])
 		return c, nil, nil
 	}
 	m := newMasterKey()
@@ -131,6 +137,21 @@ func newConfig(keys []Key) (c config, slots []KeySlot, err error) {
 		slots = append(slots, slot)
 	}
 	return c, slots, nil
+}
+
+// Vacant says why no repository can be made at the URL: ErrRepositoryExists, ErrNotEmpty, or the store's error.
+func Vacant(ctx context.Context, url string) error {
+	s, canonical, err := store.Open(ctx, url)
+	if err != nil {
+		return err
+	}
+	if err := refuseForeign(ctx, s); err != nil {
+		return fmt.Errorf("%s: %w", canonical, err)
+	}
+	if c, ok := s.(io.Closer); ok {
+		return c.Close()
+	}
+	return nil
 }
 
 // refuseForeign says why no repository can be made in a store that holds something.
@@ -203,9 +224,9 @@ func (r *Repository) readConfig(ctx context.Context, keys []Key) error {
 // digestKey returns the repository's digest key. Where the repository is encrypted it finds the master key for that.
 func (r *Repository) digestKey(ctx context.Context, keys []Key) (key [keySize]byte, err error) {
 	switch c := r.config; {
-	case c.Encryption == encryptionNone && len(keys) > 0:
+	case c.Encryption == EncryptionNone && len(keys) > 0:
 		return key, fmt.Errorf("%s: %w", r.url, ErrNotEncrypted)
-	case c.Encryption == encryptionNone:
+	case c.Encryption == EncryptionNone:
 		if err := decodeHex(key[:], []byte(c.DigestKey)); err != nil {
 			return key, corrupt(configKey, "digest key: %v", err)
 		}
@@ -224,6 +245,9 @@ func (r *Repository) URL() string { return r.url }
 
 // ID is the repository's own name, made when it was.
 func (r *Repository) ID() string { return r.config.ID }
+
+// Encryption is how the repository is encrypted: EncryptionNone or "aes-256-gcm".
+func (r *Repository) Encryption() string { return r.config.Encryption }
 
 // ReadBytes is how many bytes were fetched from the store since the repository was opened.
 func (r *Repository) ReadBytes() int64 { return r.read.Load() }

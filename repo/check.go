@@ -36,6 +36,9 @@ type Checked struct {
 // it returns is that the check itself could not be done.
 func (r *Repository) Check(ctx context.Context, o CheckOptions, found func(Finding)) (Checked, error) {
 	c := checker{r: r, o: o, found: found}
+	if err := c.keySlots(ctx); err != nil {
+		return c.done, err
+	}
 	owners, err := c.owners(ctx)
 	if err != nil {
 		return c.done, err
@@ -63,6 +66,16 @@ type checker struct {
 	o     CheckOptions
 	found func(Finding)
 	done  Checked
+}
+
+// keySlots reads those of an encrypted repository. One that is damaged is somebody's only way in.
+func (c *checker) keySlots(ctx context.Context) error {
+	_, err := c.r.KeySlots(ctx)
+	if errors.Is(err, ErrCorrupt) {
+		c.found(Finding{Err: err})
+		return nil
+	}
+	return err
 }
 
 // owners names all clusters that have backups or WAL. A cluster's document is there before anything else of it, so that

@@ -173,7 +173,7 @@ func FuzzWALHead(f *testing.F) {
 	f.Add(text)
 	f.Fuzz(func(t *testing.T, text []byte) {
 		id, _ := r.digests.sum(text, nil)
-		start := append(make([]byte, 16), id[:]...)
+		start := append(make([]byte, objectHeaderSize), id[:]...)
 		h, err := r.parseWALHead("x", "main", name, start, text)
 		if err == nil && len(h.offsets) != len(h.Blocks)+1 {
 			t.Errorf("%+v", h)

@@ -320,8 +320,12 @@ func (f *mappedFile) fetch(parts []part) error {
 	return nil
 }
 
-// decodeChunk decompresses a chunk, as chunkContent does, and verifies it.
-func (r *Repository) decodeChunk(ref Ref, stored, dst []byte) ([]byte, error) {
+// decodeChunk opens a chunk in place, decompresses it, as chunkContent does, and verifies it.
+func (r *Repository) decodeChunk(ref Ref, sealed, dst []byte) ([]byte, error) {
+	stored, err := r.openPiece(ref, sealed)
+	if err != nil {
+		return nil, err
+	}
 	content, err := r.codec.chunkContent(dst, stored)
 	if err != nil {
 		return nil, ref.corrupt(err.Error())

@@ -51,7 +51,8 @@ func (r *Repository) WriteBackup(ctx context.Context, cluster string, o BackupOp
 		return nil, err
 	}
 	// From here on the backup may exist, whatever the store answers: nothing is deleted any more.
-	if err := r.store.Put(ctx, manifestKey(cluster, m.ID), body); err != nil {
+	key := manifestKey(cluster, m.ID)
+	if err := r.store.Put(ctx, key, r.sealDocument(key, body)); err != nil {
 		return nil, fmt.Errorf("publish backup %s: %w", m.ID, err)
 	}
 	return m, nil
@@ -127,7 +128,7 @@ func (w *BackupWriter) write(cluster string, fn func(context.Context, *BackupWri
 	if err != nil {
 		return m, nil, err
 	}
-	list, listID := w.r.encodePackList(uses)
+	list, listID := w.r.encodePackList(packListKey(cluster, id), uses)
 	m.Packs = PackListRef{Count: len(uses), ID: listID}
 	m.StoredBytes = w.packs.stored.Load() + int64(len(list))
 	return m, list, nil

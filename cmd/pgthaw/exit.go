@@ -198,6 +198,7 @@ func fetchAnswer(err error) int {
 // docs/cli.md list them.
 var commandExits = map[string][]int{
 	"repo init":       {20, 21, 22},
+	"repo info":       {10, 13, 16, 20},
 	"repo check":      {10, 13, 16, 20},
 	"backup":          {10, 13, 16, 18, 20, 23, 24},
 	"list":            {10, 13, 14, 16, 20},

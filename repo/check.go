@@ -4,202 +4,289 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"maps"
+	"io/fs"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"pgthaw/repo/pg"
 )
 
-// CheckOptions of Check. The zero value checks structure: every manifest, directory and file map, and that every pack
-// and WAL object they need is there.
+// CheckOptions of Check. The zero value checks structure: documents, pack lists, each pack's size and table of contents,
+// and that the WAL which backups lead to is there without a gap.
 type CheckOptions struct {
-	ReadData bool // read and verify every byte of every file and WAL object, too
+	Maps     bool   // also every directory and file map, each place in a pack that they name, and the heads of WAL objects
+	ReadData bool   // also every byte of packs and WAL objects; includes Maps
+	Sample   Sample // what ReadData reads; the zero value: everything
+
+	Progress func(phase string, done, total int64) // in bytes; a total of 0 is not known. nil: nobody listens
 }
 
-// Finding is one thing that is wrong.
+// Finding is one thing that is wrong, and what that costs.
 type Finding struct {
-	Cluster string
-	Backup  string // which cannot be relied on; "": none in particular
-	Path    string // file of the backup, or the WAL file
-	Err     error
+	Object  string      // key of what is damaged or missing
+	Cluster string      // whose it is; "" for a pack
+	Err     error       // what is wrong with it
+	Cost    string      // what cannot be done any more, a sentence
+	Backups []Affected  // that use it, oldest first
+	Window  *LostWindow // that cannot be recovered to; nil: none
+	Note    bool        // nothing is damaged: WAL that was never archived
+}
+
+// Affected is a backup that something damaged is part of.
+type Affected struct {
+	Cluster, Backup string
+	Files           []string // which cannot be read, at most maxNamed of them; a directory's name ends in "/"
+	Total           int      // how many these are in all; 0: which files was not looked at
+}
+
+// maxNamed bounds the files that a finding names.
+const maxNamed = 20
+
+// LostWindow is a time to which nothing can be recovered, because WAL is missing.
+type LostWindow struct {
+	From    Moment   // recovery of the backups before ends here. Time is that of the last commit before, zero if not known
+	To      Moment   // end of the first backup behind; zero: there is none
+	Backups []string // from which recovery ends at From, oldest first
+}
+
+// Moment is a place in a cluster's WAL and its time.
+type Moment struct {
+	LSN  pg.LSN
+	Time time.Time
 }
 
 // Checked counts what Check looked at.
 type Checked struct {
-	Backups, Files, WALFiles int
-	Bytes                    int64 // read and verified
+	Clusters, Backups, Packs int
+	Maps                     int // distinct directories and file maps
+	WALFiles                 int
+	PacksRead, WALRead       int   // of which every byte was verified
+	Bytes                    int64 // that these have
 }
 
-// Check looks at everything in the repository and reports each thing that is wrong; it goes on after each. The error
-// it returns is that the check itself could not be done.
+// Check looks at everything in the repository and reports each thing that is wrong; it goes on after each. found is called
+// by one goroutine at a time. The error it returns is that the check itself could not be done, or not to its end.
+//
+// What it keeps in memory: backups' manifests, the names of packs and WAL objects, 12 bytes for each distinct file map,
+// and tables of contents up to a limit.
 func (r *Repository) Check(ctx context.Context, o CheckOptions, found func(Finding)) (Checked, error) {
-	c := checker{r: r, o: o, found: found}
-	if err := c.keySlots(ctx); err != nil {
+	o.Maps = o.Maps || o.ReadData
+	c := &checker{r: r, o: o, found: found, packs: map[PackID]*checkedPack{}, damages: map[uint32]*packDamage{},
+		bad: map[place]bool{}, tocs: newCache[PackID, *packTOC](checkTOCBytes)}
+	err := c.run(ctx)
+	if err != nil { // what was found until then is worth having
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		_ = c.reportPacks(last)
 		return c.done, err
 	}
-	owners, err := c.owners(ctx)
-	if err != nil {
-		return c.done, err
-	}
-	clusters, err := r.Clusters(ctx)
-	if err != nil {
-		return c.done, err
-	}
-	for _, cluster := range clusters {
-		delete(owners, cluster.Name)
-	}
-	for _, name := range slices.Sorted(maps.Keys(owners)) {
-		found(Finding{Cluster: name, Err: corrupt(clusterKey(name), "it is missing")})
-	}
-	for _, cluster := range clusters {
-		if err := c.cluster(ctx, cluster.Name); err != nil {
-			return c.done, err
-		}
-	}
-	return c.done, nil
+	return c.done, c.reportPacks(ctx)
 }
+
+// checkTOCBytes bounds the tables of contents kept, without page digests: those of about a terabyte of stored chunks.
+const checkTOCBytes = 256 << 20
+
+// atOnce is how many small reads go on in parallel: each takes an object store tens of milliseconds.
+const atOnce = 16
 
 type checker struct {
-	r     *Repository
-	o     CheckOptions
-	found func(Finding)
-	done  Checked
+	r    *Repository
+	o    CheckOptions
+	done Checked // changed by the goroutine that runs Check; Bytes through bytes
+	tocs *cache[PackID, *packTOC]
+
+	clusters []*checkedCluster // by name
+	maps     *mapChecker
+
+	bytes atomic.Int64 // of done, while packs and WAL objects are read
+
+	unlisted map[PackID]int64 // packs that are there but in no pack list, with their size
+	meeting  sync.Mutex       // held while a pack that is in no pack list is looked at, and entered into packs
+
+	mu      sync.Mutex // a leaf, but for found, which is called under it
+	found   func(Finding)
+	packs   map[PackID]*checkedPack
+	damages map[uint32]*packDamage // by number of the pack
+	bad     map[place]bool         // pieces that are damaged
 }
 
-// keySlots reads those of an encrypted repository. One that is damaged is somebody's only way in.
-func (c *checker) keySlots(ctx context.Context) error {
-	_, err := c.r.KeySlots(ctx)
-	if errors.Is(err, ErrCorrupt) {
-		c.found(Finding{Err: err})
-		return nil
-	}
-	return err
+// checkedCluster is a cluster's backups and WAL, as far as they can be read.
+type checkedCluster struct {
+	name    string
+	size    pg.SegmentSize // 0: neither the cluster's document nor a manifest says
+	ids     []string       // of the manifests that are listed
+	orphans []string       // of pack lists without a manifest
+	backups []*Manifest    // that can be read, oldest first
+	noLists bool           // of one or more the pack list cannot be read
+	wal     *clusterWAL
 }
 
-// owners names all clusters that have backups or WAL. A cluster's document is there before anything else of it, so that
-// whoever is listed here has one afterwards.
-func (c *checker) owners(ctx context.Context) (map[string]bool, error) {
-	names := make(map[string]bool)
-	for _, prefix := range []string{backupsRoot, walRoot} {
-		for o, err := range c.r.store.List(ctx, prefix) {
-			if err != nil {
-				return nil, fmt.Errorf("list %s: %w", prefix, err)
-			}
-			name, _, _ := strings.Cut(strings.TrimPrefix(o.Key, prefix), "/")
-			names[name] = true
-		}
+// run goes through the phases. Manifests come first: what they need was there before them, so what is listed later and lacks
+// something they need is damaged, whatever is written meanwhile.
+func (c *checker) run(ctx context.Context) error {
+	phases := []func(context.Context) error{c.checkKeySlots, c.checkBackups, c.checkWAL, c.checkPacks}
+	if c.o.Maps {
+		phases = append(phases, c.checkMaps, c.checkWALObjects)
 	}
-	return names, nil
-}
-
-func (c *checker) cluster(ctx context.Context, name string) error {
-	ids, err := c.r.BackupIDs(ctx, name)
-	if err != nil {
-		return err
+	if c.o.ReadData {
+		phases = append(phases, c.readData)
 	}
-	for _, id := range ids {
-		c.done.Backups++
-		if err := c.backup(ctx, name, id); err != nil {
+	if c.o.Maps {
+		phases = append(phases, c.blame)
+	}
+	for _, phase := range phases {
+		if err := phase(ctx); err != nil {
 			return err
-		}
-	}
-	wal, err := c.r.WALNames(ctx, name)
-	if errors.Is(err, ErrCorrupt) {
-		c.found(Finding{Cluster: name, Err: err})
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for _, w := range wal {
-		c.done.WALFiles++
-		if err := c.walFile(ctx, name, w); err != nil {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			c.found(Finding{Cluster: name, Path: w.String(), Err: err})
 		}
 	}
 	return nil
 }
 
-func (c *checker) walFile(ctx context.Context, cluster string, name pg.WALName) error {
-	if !c.o.ReadData {
-		_, err := c.r.walHead(ctx, cluster, name)
-		return err
+// report hands on a finding.
+func (c *checker) report(f Finding) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.found(f)
+}
+
+// unanswered returns err if it says nothing about the object that was asked for: ctx ended, or the store is out of reach.
+// What is damaged, and a file that the file system cannot read, is no such error but a finding.
+func unanswered(ctx context.Context, err error) error {
+	var format *FormatError
+	var path *fs.PathError
+	if err == nil || ctx.Err() == nil && (errors.Is(err, ErrCorrupt) || errors.As(err, &format) || errors.As(err, &path)) {
+		return nil
 	}
-	b, err := c.r.WAL(ctx, cluster, name)
-	c.done.Bytes += int64(len(b))
 	return err
 }
 
-// backup reports all that is wrong with one backup.
-func (c *checker) backup(ctx context.Context, cluster, id string) error {
-	m, err := c.r.readManifest(ctx, cluster, id)
-	if err != nil {
-		c.found(Finding{Cluster: cluster, Backup: id, Err: err})
-		return ctx.Err()
+func (c *checker) progress(phase string, done, total int64) {
+	if c.o.Progress != nil {
+		c.o.Progress(phase, done, total)
 	}
-	report := func(path string, err error) {
-		if ctx.Err() == nil {
-			c.found(Finding{cluster, id, path, err})
-		}
-	}
-	if err := c.packs(ctx, m); err != nil {
-		report("", err)
-	}
-	b := c.r.OpenBackup(m)
-	c.directory(ctx, b, ".", b.root(), report)
-	return ctx.Err()
 }
 
-// packs compares the pack list with the packs: each is there with its size and table of contents.
-func (c *checker) packs(ctx context.Context, m *Manifest) error {
-	uses, err := c.r.packList(ctx, m)
-	if err != nil {
+// checkKeySlots reads those of an encrypted repository. One that is damaged is somebody's only way in.
+func (c *checker) checkKeySlots(ctx context.Context) error {
+	_, err := c.r.KeySlots(ctx)
+	var bad *CorruptError
+	if errors.As(err, &bad) {
+		c.report(Finding{Object: bad.Object, Err: err, Cost: "Whoever holds this key cannot open the repository with it."})
+	}
+	return unanswered(ctx, err)
+}
+
+// checkBackups reads every manifest and pack list.
+func (c *checker) checkBackups(ctx context.Context) error {
+	if err := c.listBackups(ctx); err != nil {
 		return err
 	}
-	var bad []error
-	for _, u := range uses {
-		if _, err := c.r.readTOC(ctx, u.pack, u.size); err != nil {
-			bad = append(bad, err)
+	for _, cl := range c.clusters {
+		for _, id := range cl.ids {
+			if err := c.checkManifest(ctx, cl, id); err != nil {
+				return err
+			}
 		}
-	}
-	return errors.Join(bad...)
-}
-
-// directory checks what lies below a directory, going on after what cannot be read.
-func (c *checker) directory(ctx context.Context, b *Backup, name string, e Entry, report func(string, error)) {
-	list, err := b.list(ctx, e)
-	if err != nil {
-		report(name, err)
-		return
-	}
-	for _, child := range list {
-		path := name + "/" + child.Name
-		switch {
-		case child.IsDir():
-			c.directory(ctx, b, path, child, report)
-		case child.Mode.IsRegular():
-			c.done.Files++
-			if err := c.file(ctx, b, child); err != nil {
-				report(path, err)
+		for _, id := range cl.orphans {
+			if err := c.checkOrphan(ctx, cl, id); err != nil {
+				return err
 			}
 		}
 	}
+	return nil
 }
 
-func (c *checker) file(ctx context.Context, b *Backup, e Entry) error {
-	f, err := b.Open(ctx, e)
-	if err != nil || !c.o.ReadData {
-		return err
+// listBackups finds the clusters that have backups, and the backups' ids.
+func (c *checker) listBackups(ctx context.Context) error {
+	for o, err := range c.r.store.List(ctx, backupsRoot) {
+		if err != nil {
+			return fmt.Errorf("list %s: %w", backupsRoot, err)
+		}
+		name, file, _ := strings.Cut(strings.TrimPrefix(o.Key, backupsRoot), "/")
+		cl := c.cluster(name)
+		if id, ok := strings.CutSuffix(file, manifestSuffix); ok && backupID.MatchString(id) {
+			cl.ids = append(cl.ids, id)
+		}
+		// In the order of keys, a manifest comes just before its pack list.
+		if id, ok := strings.CutSuffix(file, packListSuffix); ok && backupID.MatchString(id) &&
+			(len(cl.ids) == 0 || cl.ids[len(cl.ids)-1] != id) {
+			cl.orphans = append(cl.orphans, id)
+		}
 	}
-	n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.NewSectionReader(f, 0, f.Size()), make([]byte, min(maxFetch, f.Size()+1)))
-	c.done.Bytes += n
+	return nil
+}
+
+// cluster returns the cluster of a name, which may be new.
+func (c *checker) cluster(name string) *checkedCluster {
+	i, ok := slices.BinarySearchFunc(c.clusters, name, func(cl *checkedCluster, name string) int { return strings.Compare(cl.name, name) })
+	if !ok {
+		c.clusters = slices.Insert(c.clusters, i, &checkedCluster{name: name})
+	}
+	return c.clusters[i]
+}
+
+// checkManifest reads a manifest and its pack list, and enters the packs that are to be there.
+func (c *checker) checkManifest(ctx context.Context, cl *checkedCluster, id string) error {
+	m, err := c.r.readManifest(ctx, cl.name, id)
+	if errors.Is(err, ErrNoBackup) {
+		return nil // deleted since it was listed
+	}
+	c.done.Backups++
 	if err != nil {
-		return fmt.Errorf("read: %w", err)
+		c.report(Finding{Object: manifestKey(cl.name, id), Cluster: cl.name, Err: err, Backups: []Affected{{Cluster: cl.name, Backup: id}},
+			Cost: "The backup cannot be listed, mounted or restored."})
+		return unanswered(ctx, err)
 	}
+	cl.backups = append(cl.backups, m)
+	uses, err := c.r.packList(ctx, m)
+	if err != nil {
+		cl.noLists = true
+		c.report(Finding{Object: packListKey(cl.name, id), Cluster: cl.name, Err: err, Backups: []Affected{{Cluster: cl.name, Backup: id}},
+			Cost: "The backup can still be restored, but which packs it needs is not known, and no backup can be made that compares with it: use backup --full."})
+		return unanswered(ctx, err)
+	}
+	for _, u := range uses {
+		c.enter(u, m)
+	}
+	return nil
+}
+
+// enter takes in a pack that a pack list names. All lists have to agree on its size.
+func (c *checker) enter(u packUse, m *Manifest) {
+	p, known := c.packs[u.pack]
+	if !known {
+		c.packs[u.pack] = &checkedPack{id: u.pack, no: uint32(len(c.packs)), size: u.size, stored: -1}
+		return
+	}
+	if p.size != u.size {
+		key := packListKey(m.Cluster, m.ID)
+		c.report(Finding{Object: key, Cluster: m.Cluster, Backups: []Affected{{Cluster: m.Cluster, Backup: m.ID}},
+			Err:  corrupt(key, "pack %s has %d bytes there, but %d in the list of another backup", u.pack, u.size.size, p.size.size),
+			Cost: "One of the two is wrong: no backup can be made that compares with that one; use backup --full."})
+	}
+}
+
+// orphanPatience is how long a backup may take between its pack list and its manifest before the manifest counts as missing.
+const orphanPatience = 2 * time.Second
+
+// checkOrphan reports a pack list without a manifest, unless the manifest comes in a moment: the backup is being published.
+func (c *checker) checkOrphan(ctx context.Context, cl *checkedCluster, id string) error {
+	key := manifestKey(cl.name, id)
+	for deadline := time.Now().Add(orphanPatience); time.Now().Before(deadline); {
+		if _, err := c.r.get(ctx, key, 0, 0); err == nil {
+			return c.checkManifest(ctx, cl, id)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(orphanPatience / 10):
+		}
+	}
+	c.report(Finding{Object: key, Cluster: cl.name, Err: corrupt(key, "it is missing, but the backup's pack list is there"),
+		Backups: []Affected{{Cluster: cl.name, Backup: id}},
+		Cost:    "The backup cannot be listed, mounted or restored. A backup that was killed in its last moment leaves this, too, and then never existed."})
 	return nil
 }

@@ -191,7 +191,7 @@ func TestCheckFindsDamage(t *testing.T) {
 	if _, err := r.Check(t.Context(), CheckOptions{ReadData: true}, func(f Finding) { findings = append(findings, f) }); err != nil {
 		t.Fatal(err)
 	}
-	if len(findings) != 1 || !errors.Is(findings[0].Err, ErrCorrupt) || findings[0].Backup == "" {
+	if len(findings) != 1 || !errors.Is(findings[0].Err, ErrCorrupt) || len(findings[0].Backups) != 1 || findings[0].Backups[0].Total != 1 {
 		t.Errorf("found %v", findings)
 	}
 	b[5000] ^= 1

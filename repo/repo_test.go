@@ -406,7 +406,7 @@ func TestNotFound(t *testing.T) {
 func checkClean(t testing.TB, r *Repository) {
 	t.Helper()
 	_, err := r.Check(context.WithoutCancel(t.Context()), CheckOptions{ReadData: true}, func(f Finding) {
-		t.Errorf("check: %s %s %s: %v", f.Cluster, f.Backup, f.Path, f.Err)
+		t.Errorf("check: %s: %v: %v", f.Object, f.Err, f.Backups)
 	})
 	if err != nil {
 		t.Errorf("check: %v", err)

@@ -233,7 +233,7 @@ func TestNothingIsReadable(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		wal := "history of a secret"
+		wal := "1\t0/3000028\thistory of a secret\n"
 		if err := r.PutWAL(t.Context(), "main", goldenWAL, []byte(wal)); err != nil {
 			t.Fatal(err)
 		}

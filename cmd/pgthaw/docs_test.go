@@ -148,7 +148,7 @@ func TestJSONFieldsAreOnThePage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, v := range []any{listed{}, recovery.Window{}, recovery.Point{}, checkJSON{}, findingJSON{}, walListing{}, walRun{},
+	for _, v := range []any{listed{}, recovery.Window{}, recovery.Point{}, checkJSON{}, findingJSON{}, affectedJSON{}, lostJSON{}, infoJSON{}, packsJSON{}, clusterInfoJSON{}, backupInfoJSON{}, walListing{}, walRun{},
 		recovery.Result{}, recovery.RecoveryEnd{}, recovery.OverlayStatus{}} {
 		typ := reflect.TypeOf(v)
 		for i := range typ.NumField() {

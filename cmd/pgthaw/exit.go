@@ -202,6 +202,7 @@ func fetchAnswer(err error) int {
 // docs/cli.md list them.
 var commandExits = map[string][]int{
 	"repo init":       {12, 20, 21, 22},
+	"repo info":       {10, 12, 13, 16, 20},
 	"repo check":      {10, 12, 13, 16, 20},
 	"backup":          {10, 12, 13, 16, 18, 20, 23, 24},
 	"list":            {10, 12, 13, 14, 16, 20},

@@ -11,8 +11,8 @@ import (
 
 func repoCommand() *cli.Command {
 	return &cli.Command{
-		Name: "repo", Usage: "make and check repositories",
-		Subcommands: []*cli.Command{repoInitCommand(), repoCheckCommand()},
+		Name: "repo", Usage: "make, check and measure repositories",
+		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand()},
 	}
 }
 

@@ -3,36 +3,93 @@ package main
 import (
 	"fmt"
 	"io"
+	"strconv"
+	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"pgthaw/repo"
+	"pgthaw/repo/pg"
 )
 
 func repoCheckCommand() *cli.Command {
 	return &cli.Command{
-		Name: "check", Usage: "prove that every backup is whole",
-		Description: "Reads every manifest, directory and file map, and sees that every pack and WAL segment they need is there.\n" +
-			"With --read-data also every byte of every file, and the WAL. Goes on after what is damaged, and names all of it.",
-		Flags:  []cli.Flag{toggle("read-data", "read and verify every byte, too")},
+		Name: "check", Usage: "prove the repository, and say what damage costs",
+		Description: "Without flags it checks structure: every cluster, manifest and pack list, each pack's size and table of contents, and that\n" +
+			"the WAL has no gap. --maps adds every directory and file map, and the place of each chunk that they name. --read-data adds every\n" +
+			"byte, --read-data=5% about a twentieth, another every day. Goes on after what is damaged, names all of it, and says what it costs.",
+		Flags: []cli.Flag{
+			toggle("maps", "verify every directory and file map, too"),
+			&readDataFlag{&cli.GenericFlag{Name: "read-data", Value: &percentage{},
+				Usage: "read and verify every byte, too; =5% about a twentieth of packs and WAL, another every day"}},
+		},
 		Action: repoCheck,
 	}
 }
 
-// findingJSON is one thing that is wrong.
+// readDataFlag may have a value, behind "=", but need not.
+type readDataFlag struct{ *cli.GenericFlag }
+
+func (readDataFlag) TakesValue() bool { return false }
+
+// percentage is the value of --read-data: 0 unless the flag is given, 100 if it has no value.
+type percentage struct{ percent float64 }
+
+func (p *percentage) IsBoolFlag() bool { return true } // flag: --name is then the same as --name=true
+
+func (p *percentage) String() string { return "" }
+
+func (p *percentage) Set(s string) (err error) {
+	if s == "true" {
+		s = "100%"
+	}
+	p.percent, err = strconv.ParseFloat(strings.TrimSuffix(s, "%"), 64)
+	if err != nil || !(p.percent >= 0.01 && p.percent <= 100) {
+		return fmt.Errorf("%q is no percentage from 0.01%% to 100%%", s)
+	}
+	return nil
+}
+
+// findingJSON is one thing that is wrong, and what it costs.
 type findingJSON struct {
-	Cluster string `json:"cluster"`
-	Backup  string `json:"backup,omitempty"`
-	Path    string `json:"path,omitempty"`
-	Error   string `json:"error"`
+	Object  string         `json:"object"`
+	Cluster string         `json:"cluster,omitempty"`
+	Error   string         `json:"error"`
+	Cost    string         `json:"cost,omitempty"`
+	Backups []affectedJSON `json:"backups,omitempty"`
+	Window  *lostJSON      `json:"lost_window,omitempty"`
+}
+
+// affectedJSON is a backup that something damaged is part of.
+type affectedJSON struct {
+	Cluster    string   `json:"cluster"`
+	Backup     string   `json:"backup"`
+	Files      []string `json:"files,omitempty"`
+	FilesTotal int      `json:"files_total"`
+}
+
+// lostJSON is a time to which nothing can be recovered.
+type lostJSON struct {
+	FromLSN  pg.LSN     `json:"from_lsn"`
+	FromTime *time.Time `json:"from_time,omitempty"`
+	ToLSN    *pg.LSN    `json:"to_lsn,omitempty"`
+	ToTime   *time.Time `json:"to_time,omitempty"`
+	Backups  []string   `json:"backups"`
 }
 
 type checkJSON struct {
-	Backups  int           `json:"backups"`
-	Files    int           `json:"files"`
-	WALFiles int           `json:"wal_files"`
-	Bytes    int64         `json:"bytes_verified"`
-	Findings []findingJSON `json:"findings"`
+	Clusters  int           `json:"clusters"`
+	Backups   int           `json:"backups"`
+	Packs     int           `json:"packs"`
+	Maps      int           `json:"maps"`
+	WALFiles  int           `json:"wal_files"`
+	PacksRead int           `json:"packs_read"`
+	WALRead   int           `json:"wal_files_read"`
+	Bytes     int64         `json:"bytes_verified"`
+	Part      string        `json:"part,omitempty"`
+	Findings  []findingJSON `json:"findings"`
+	Notes     []findingJSON `json:"notes"`
 }
 
 func repoCheck(c *cli.Context) error {
@@ -44,41 +101,139 @@ func repoCheck(c *cli.Context) error {
 		return err
 	}
 	defer r.Close()
-	out := checkJSON{Findings: []findingJSON{}}
-	done, err := r.Check(c.Context, repo.CheckOptions{ReadData: c.Bool("read-data")}, func(f repo.Finding) {
-		out.Findings = append(out.Findings, findingJSON{f.Cluster, f.Backup, f.Path, f.Err.Error()})
-	})
-	if err != nil {
-		return err
+	p := newProgress(c)
+	o := repo.CheckOptions{Maps: c.Bool("maps"), Progress: p.update}
+	if percent := c.Generic("read-data").(*percentage).percent; percent > 0 {
+		o.ReadData, o.Sample = true, repo.SampleOf(percent, time.Now())
 	}
-	out.Backups, out.Files, out.WALFiles, out.Bytes = done.Backups, done.Files, done.WALFiles, done.Bytes
+	out := checkJSON{Findings: []findingJSON{}, Notes: []findingJSON{}}
+	done, err := r.Check(c.Context, o, out.add)
+	p.done()
+	out.count(done, o.Sample)
 	if c.Bool("json") {
-		err = printJSON(c.App.Writer, out)
+		err = firstOf(err, printJSON(c.App.Writer, out))
 	} else {
-		err = out.print(c.App.Writer)
+		err = firstOf(err, out.print(c.App.Writer, o, err == nil))
 	}
 	if err == nil && len(out.Findings) > 0 {
-		return fmt.Errorf("%w: %d findings", repo.ErrCorrupt, len(out.Findings))
+		return fmt.Errorf("%w: %s", repo.ErrCorrupt, findings(len(out.Findings)))
 	}
 	return err
 }
 
-func (k checkJSON) print(w io.Writer) error {
-	for _, f := range k.Findings {
-		fmt.Fprintf(w, "%s\n", f)
-	}
-	_, err := fmt.Fprintf(w, "%d backups, %d files, %d WAL files checked, %s read and verified: %d findings\n",
-		k.Backups, k.Files, k.WALFiles, size(k.Bytes), len(k.Findings))
-	return err
-}
-
-// String is "main 20261120T143005Z-1a2b base/5/1259: repository damaged: ...", as far as there is each part.
-func (f findingJSON) String() string {
-	where := f.Cluster
-	for _, part := range []string{f.Backup, f.Path} {
-		if part != "" {
-			where += " " + part
+func firstOf(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
 		}
 	}
-	return where + ": " + f.Error
+	return nil
+}
+
+func (k *checkJSON) add(f repo.Finding) {
+	j := findingJSON{Object: f.Object, Cluster: f.Cluster, Error: f.Err.Error(), Cost: f.Cost}
+	for _, a := range f.Backups {
+		j.Backups = append(j.Backups, affectedJSON{a.Cluster, a.Backup, a.Files, a.Total})
+	}
+	if w := f.Window; w != nil {
+		j.Window = &lostJSON{FromLSN: w.From.LSN, Backups: w.Backups}
+		if !w.From.Time.IsZero() {
+			j.Window.FromTime = &w.From.Time
+		}
+		if w.To.LSN != 0 {
+			j.Window.ToLSN, j.Window.ToTime = &w.To.LSN, &w.To.Time
+		}
+	}
+	if f.Note {
+		k.Notes = append(k.Notes, j)
+	} else {
+		k.Findings = append(k.Findings, j)
+	}
+}
+
+func (k *checkJSON) count(done repo.Checked, s repo.Sample) {
+	k.Clusters, k.Backups, k.Packs, k.Maps = done.Clusters, done.Backups, done.Packs, done.Maps
+	k.WALFiles, k.PacksRead, k.WALRead, k.Bytes = done.WALFiles, done.PacksRead, done.WALRead, done.Bytes
+	if s.Parts > 1 {
+		k.Part = fmt.Sprintf("%d of %d", s.Part+1, s.Parts)
+	}
+}
+
+// print writes what was found, and what was looked at if the check came to its end.
+func (k checkJSON) print(w io.Writer, o repo.CheckOptions, whole bool) error {
+	for _, f := range k.Findings {
+		f.print(w, "")
+	}
+	for _, f := range k.Notes {
+		f.print(w, "note: ")
+	}
+	if !whole {
+		return nil
+	}
+	fmt.Fprintf(w, "Checked: %d clusters, %d backups, %d packs, %d WAL files", k.Clusters, k.Backups, k.Packs, k.WALFiles)
+	if o.Maps || o.ReadData {
+		fmt.Fprintf(w, ", %d directories and file maps", k.Maps)
+	}
+	fmt.Fprintln(w)
+	switch {
+	case k.Part != "":
+		fmt.Fprintf(w, "Read: part %s, which is %d of %d packs and %d of %d WAL files, %s. Tomorrow it is another part.\n",
+			k.Part, k.PacksRead, k.Packs, k.WALRead, k.WALFiles, size(k.Bytes))
+	case o.ReadData:
+		fmt.Fprintf(w, "Read: every byte of %d packs and %d WAL files, %s\n", k.PacksRead, k.WALRead, size(k.Bytes))
+	case o.Maps:
+		fmt.Fprintln(w, "Not read: the contents of files and WAL (--read-data)")
+	default:
+		fmt.Fprintln(w, "Not read: directories and file maps (--maps), the contents of files and WAL (--read-data)")
+	}
+	_, err := fmt.Fprintf(w, "%s\n", findings(len(k.Findings)))
+	return err
+}
+
+func findings(n int) string {
+	switch n {
+	case 0:
+		return "Nothing is damaged"
+	case 1:
+		return "1 finding"
+	default:
+		return fmt.Sprintf("%d findings", n)
+	}
+}
+
+// print writes a finding: what is damaged, then indented what that costs, and whom.
+func (f findingJSON) print(w io.Writer, prefix string) {
+	fmt.Fprintf(w, "%s%s\n", prefix, f.Error)
+	if f.Cost != "" {
+		fmt.Fprintf(w, "    %s\n", f.Cost)
+	}
+	for _, a := range f.Backups {
+		fmt.Fprintf(w, "    backup %s of %s%s\n", a.Backup, a.Cluster, fileList(a.Files, a.FilesTotal))
+	}
+	if f.Window != nil {
+		fmt.Fprintf(w, "    No recovery of %s %s\n", f.Cluster, f.Window)
+	}
+}
+
+func fileList(files []string, total int) string {
+	if len(files) == 0 {
+		return ""
+	}
+	s := ": " + strings.Join(files, ", ")
+	if more := total - len(files); more > 0 {
+		s += fmt.Sprintf(" and %d more", more)
+	}
+	return s
+}
+
+// String is "behind 0/5000000 (last commit before it: ...) from these backups: ...; again from 0/9000100 (...) on".
+func (l *lostJSON) String() string {
+	s := fmt.Sprintf("behind %s", l.FromLSN)
+	if l.FromTime != nil {
+		s += fmt.Sprintf(" (last commit before it: %s)", clock(*l.FromTime))
+	}
+	if l.ToLSN != nil {
+		s += fmt.Sprintf(", up to %s (%s), where the next backup ends,", *l.ToLSN, clock(*l.ToTime))
+	}
+	return s + " from " + strings.Join(l.Backups, ", ")
 }

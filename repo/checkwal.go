@@ -1,0 +1,543 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	"pgthaw/repo/pg"
+)
+
+// clusterWAL is what a listing tells of a cluster's WAL, and the backups that start in it.
+type clusterWAL struct {
+	c         *checker
+	cl        *checkedCluster
+	names     map[pg.WALName]bool
+	sizes     map[pg.WALName]int64     // of the objects
+	segments  map[pg.Timeline][]uint64 // numbers, ascending
+	histories map[pg.Timeline][]pg.HistoryEntry
+	unread    map[pg.Timeline]bool // the history file is there, but cannot be believed
+	backups   []backupRange        // oldest first; none whose manifest names no WAL
+	gaps      []walGap             // reported
+}
+
+// backupRange is the WAL that a backup needs to be consistent.
+type backupRange struct {
+	*Manifest
+	first, end uint64 // numbers of the segments, end exclusive. A last one that only its own tree has does not count
+}
+
+// walGap is a run of segments of a line that are missing or damaged.
+type walGap struct {
+	line        walLine
+	first, last uint64
+}
+
+// walStretch is the part of a line that belongs to one timeline.
+type walStretch struct {
+	timeline   pg.Timeline
+	begin, end pg.LSN // begin inclusive, end exclusive
+}
+
+// walLine is the way from the first timeline to a certain one, oldest first.
+type walLine []walStretch
+
+// checkWAL lists the WAL of all clusters, and looks at each cluster's document and for gaps.
+func (c *checker) checkWAL(ctx context.Context) error {
+	if err := c.listWAL(ctx); err != nil {
+		return err
+	}
+	if err := c.listClusters(ctx); err != nil {
+		return err
+	}
+	c.done.Clusters = len(c.clusters)
+	for _, cl := range c.clusters {
+		if cl.wal == nil {
+			cl.wal = c.newWAL(cl)
+		}
+		if err := c.checkCluster(ctx, cl); err != nil {
+			return err
+		}
+		if cl.size == 0 {
+			continue // no backup, no document: what its segments are nobody knows
+		}
+		if err := cl.wal.check(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *checker) newWAL(cl *checkedCluster) *clusterWAL {
+	return &clusterWAL{c: c, cl: cl, names: map[pg.WALName]bool{}, sizes: map[pg.WALName]int64{}, segments: map[pg.Timeline][]uint64{},
+		histories: map[pg.Timeline][]pg.HistoryEntry{}, unread: map[pg.Timeline]bool{}}
+}
+
+// listWAL takes in the names of all WAL objects, in one listing.
+func (c *checker) listWAL(ctx context.Context) error {
+	for o, err := range c.r.store.List(ctx, walRoot) {
+		if err != nil {
+			return fmt.Errorf("list %s: %w", walRoot, err)
+		}
+		cluster, file, _ := strings.Cut(strings.TrimPrefix(o.Key, walRoot), "/")
+		cl := c.cluster(cluster)
+		if cl.wal == nil {
+			cl.wal = c.newWAL(cl)
+		}
+		dir, base, _ := strings.Cut(file, "/")
+		name, err := pg.ParseWALName(base)
+		if err != nil || name.Timeline.Hex() != dir {
+			c.report(Finding{Object: o.Key, Cluster: cluster, Err: corrupt(o.Key, "no WAL file has this name"), Backups: cl.affected(),
+				Cost: "No backup of the cluster can be recovered while it is there: its WAL cannot be listed."})
+			continue
+		}
+		c.done.WALFiles++
+		cl.wal.names[name] = true
+		cl.wal.sizes[name] = o.Size
+	}
+	return nil
+}
+
+// listClusters adds the clusters that have nothing but their document.
+func (c *checker) listClusters(ctx context.Context) error {
+	for o, err := range c.r.store.List(ctx, clustersPrefix) {
+		if err != nil {
+			return fmt.Errorf("list clusters: %w", err)
+		}
+		c.cluster(strings.TrimPrefix(o.Key, clustersPrefix))
+	}
+	return nil
+}
+
+// affected are all backups of a cluster.
+func (cl *checkedCluster) affected() []Affected {
+	var all []Affected
+	for _, id := range cl.ids {
+		all = append(all, Affected{Cluster: cl.name, Backup: id})
+	}
+	return all
+}
+
+// checkCluster reads the cluster's document, which was there before anything else of it.
+func (c *checker) checkCluster(ctx context.Context, cl *checkedCluster) error {
+	doc, err := c.r.Cluster(ctx, cl.name)
+	cl.size = doc.SegmentSize
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, ErrNoCluster) {
+		err = corrupt(clusterKey(cl.name), "it is missing")
+	}
+	c.report(Finding{Object: clusterKey(cl.name), Cluster: cl.name, Err: err, Backups: cl.affected(),
+		Cost: "Nothing of the cluster can be listed, restored, fetched or added until it is there again; the backups themselves are not hit."})
+	if len(cl.backups) > 0 && cl.backups[0].SegmentSize.Valid() {
+		cl.size = cl.backups[0].SegmentSize
+	}
+	return unanswered(ctx, err)
+}
+
+// check looks for gaps along every line of timelines.
+func (w *clusterWAL) check(ctx context.Context) error {
+	if err := w.sort(ctx); err != nil {
+		return err
+	}
+	if err := w.readHistories(ctx); err != nil {
+		return err
+	}
+	w.checkHistories()
+	for _, m := range w.cl.backups {
+		if err := w.addBackup(ctx, m); err != nil {
+			return err
+		}
+	}
+	for _, tli := range w.timelines() {
+		l := w.line(tli)
+		for _, g := range w.findGaps(l) {
+			if err := w.reportGap(ctx, g); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// sort orders segments by number. A partial segment stands in for a whole one that never came if its timeline ended there.
+func (w *clusterWAL) sort(ctx context.Context) error {
+	partial := map[pg.Timeline]uint64{}
+	for name := range w.names {
+		if name.Kind == pg.WALHistory || name.Kind == pg.WALBackupHistory {
+			continue
+		}
+		no, err := name.SegmentNo(w.cl.size)
+		if err != nil {
+			key := walKey(w.cl.name, name)
+			w.c.report(Finding{Object: key, Cluster: w.cl.name, Err: corrupt(key, "%v", err), Backups: w.cl.affected(),
+				Cost: "No backup of the cluster can be recovered while it is there: its WAL cannot be listed."})
+			continue
+		}
+		if name.Kind == pg.WALPartial {
+			partial[name.Timeline] = max(no, partial[name.Timeline])
+		} else {
+			w.segments[name.Timeline] = append(w.segments[name.Timeline], no)
+		}
+	}
+	for tli := range w.segments {
+		slices.Sort(w.segments[tli])
+	}
+	for tli, no := range partial {
+		if all := w.segments[tli]; len(all) == 0 || no > all[len(all)-1] {
+			w.segments[tli] = append(all, no)
+		}
+	}
+	return ctx.Err()
+}
+
+// readHistories reads the history files: small, and one for each timeline.
+func (w *clusterWAL) readHistories(ctx context.Context) error {
+	for name := range w.names {
+		if name.Kind != pg.WALHistory {
+			continue
+		}
+		content, err := w.c.r.WAL(ctx, w.cl.name, name)
+		if err == nil {
+			w.histories[name.Timeline], err = pg.ParseHistory(content)
+			if all := w.histories[name.Timeline]; err == nil && len(all) > 0 && all[len(all)-1].Timeline >= name.Timeline {
+				err = fmt.Errorf("it names timeline %s as a parent", all[len(all)-1].Timeline)
+			}
+			if err != nil {
+				err = corrupt(walKey(w.cl.name, name), "%v", err)
+			}
+		}
+		if err != nil {
+			w.unread[name.Timeline] = true
+			w.reportHistory(name.Timeline, err)
+		}
+		if err := unanswered(ctx, err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkHistories finds the history file that recovery misses: it asks for one after the other until one is absent
+// (timeline.c, findNewestTimeLine), and would leave out what lies behind such a hole.
+func (w *clusterWAL) checkHistories() {
+	known := w.timelines()
+	if len(known) == 0 || len(w.cl.backups) == 0 {
+		return
+	}
+	oldest := w.cl.backups[0].Timeline
+	for _, m := range w.cl.backups {
+		oldest = min(oldest, m.Timeline)
+	}
+	for tli := oldest + 1; tli <= known[len(known)-1]; tli++ {
+		if w.names[pg.WALName{Kind: pg.WALHistory, Timeline: tli}] {
+			continue
+		}
+		key := walKey(w.cl.name, pg.WALName{Kind: pg.WALHistory, Timeline: tli})
+		w.reportHistory(tli, corrupt(key, "it is missing, although there is something of timeline %s", known[len(known)-1]))
+		return
+	}
+}
+
+// reportHistory reports a history file without which recovery does not find its way to a timeline.
+func (w *clusterWAL) reportHistory(tli pg.Timeline, err error) {
+	f := Finding{Object: walKey(w.cl.name, pg.WALName{Kind: pg.WALHistory, Timeline: tli}), Cluster: w.cl.name, Err: err,
+		Cost: fmt.Sprintf("These backups cannot be recovered to timeline %s or later, and not at all unless --timeline names an earlier one. "+
+			"Push the file again from a server's pg_wal.", tli)}
+	for _, m := range w.cl.backups {
+		if m.Timeline <= tli {
+			f.Backups = append(f.Backups, Affected{Cluster: m.Cluster, Backup: m.ID})
+		}
+	}
+	w.c.report(f)
+}
+
+// timelines are those of which there is anything, ascending.
+func (w *clusterWAL) timelines() []pg.Timeline {
+	known := map[pg.Timeline]bool{}
+	for tli := range w.segments {
+		known[tli] = true
+	}
+	for tli := range w.histories {
+		known[tli] = true
+	}
+	for _, m := range w.cl.backups {
+		known[m.Timeline] = true
+	}
+	return slices.Sorted(maps.Keys(known))
+}
+
+// line is the way to a timeline, by its history file. Without one it begins there (timeline.c, readTimeLineHistory).
+func (w *clusterWAL) line(tli pg.Timeline) walLine {
+	var l walLine
+	var begin pg.LSN
+	if !w.unread[tli] {
+		for _, e := range w.histories[tli] {
+			l = append(l, walStretch{e.Timeline, begin, e.Switch})
+			begin = e.Switch
+		}
+	}
+	return append(l, walStretch{tli, begin, math.MaxUint64})
+}
+
+// covers tells whether segment no holds WAL of the stretch.
+func (w *clusterWAL) covers(s walStretch, no uint64) bool {
+	return no >= w.cl.size.Segment(s.begin) && w.cl.size.Start(no) < s.end
+}
+
+// addBackup takes in the range of a backup.
+func (w *clusterWAL) addBackup(ctx context.Context, m *Manifest) error {
+	first, err1 := pg.ParseWALName(m.WALFirst)
+	last, err2 := pg.ParseWALName(m.WALLast)
+	b := backupRange{Manifest: m}
+	if err1 != nil || err2 != nil {
+		return nil // it needs none
+	}
+	b.first, err1 = first.SegmentNo(w.cl.size)
+	no, err2 := last.SegmentNo(w.cl.size)
+	b.end = no + 1
+	if err1 != nil || err2 != nil || no < b.first {
+		key := manifestKey(m.Cluster, m.ID)
+		w.c.report(Finding{Object: key, Cluster: m.Cluster, Err: corrupt(key, "it needs WAL from %q to %q", m.WALFirst, m.WALLast),
+			Cost: "The backup cannot be recovered.", Backups: []Affected{{Cluster: m.Cluster, Backup: m.ID}}})
+		return nil
+	}
+	if m.FromStandby && !w.names[last] {
+		// A standby cannot switch to a new segment: the last one is in the tree, as far as it went.
+		e, err := w.c.r.OpenBackup(m).Stat(ctx, walFileOf(last))
+		if err := unanswered(ctx, err); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err == nil && e.content.kind != contentWAL {
+			b.end--
+		}
+	}
+	w.backups = append(w.backups, b)
+	return nil
+}
+
+// on are the backups from which recovery can follow the line, oldest first.
+func (w *clusterWAL) on(l walLine) []backupRange {
+	var all []backupRange
+	for _, b := range w.backups {
+		for _, s := range l {
+			if s.timeline == b.Timeline && s.begin <= b.StopLSN && b.StopLSN <= s.end {
+				all = append(all, b)
+			}
+		}
+	}
+	return all
+}
+
+// numbers are those of the segments that the line has, ascending.
+func (w *clusterWAL) numbers(l walLine) []uint64 {
+	var all []uint64
+	for _, s := range l {
+		for _, no := range w.segments[s.timeline] {
+			if w.covers(s, no) {
+				all = append(all, no)
+			}
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// findGaps looks for missing segments between the oldest backup's first and the newest one that is there, or is needed.
+func (w *clusterWAL) findGaps(l walLine) []walGap {
+	backups := w.on(l)
+	if len(backups) == 0 {
+		return nil
+	}
+	// What is to be there: all that backups need, and what leads to the timeline's beginning.
+	next, end := backups[0].first, w.cl.size.Segment(l[len(l)-1].begin)
+	for _, b := range backups {
+		next, end = min(next, b.first), max(end, b.end)
+	}
+	var gaps []walGap
+	for _, no := range w.numbers(l) {
+		if no > next {
+			gaps = append(gaps, walGap{l, next, no - 1})
+		}
+		next = max(next, no+1)
+	}
+	if end > next {
+		gaps = append(gaps, walGap{l, next, end - 1})
+	}
+	return gaps
+}
+
+// nameOf is the name that segment no of the line has, on the timeline that is current at its end.
+func (w *clusterWAL) nameOf(l walLine, no uint64) pg.WALName {
+	tli := l[0].timeline
+	for _, s := range l {
+		if w.covers(s, no) {
+			tli = s.timeline
+		}
+	}
+	name, _ := pg.ParseWALName(pg.SegmentName(tli, no, w.cl.size)) // it reads what it wrote
+	return name
+}
+
+// knownMissing tells whether a WAL file lies in a gap that was reported.
+func (w *clusterWAL) knownMissing(name pg.WALName) bool {
+	no, err := name.SegmentNo(w.cl.size)
+	return err == nil && slices.ContainsFunc(w.gaps, func(g walGap) bool {
+		return g.first <= no && no <= g.last && w.nameOf(g.line, no) == name
+	})
+}
+
+// reportGap reports missing segments, once however many lines they are missing on.
+func (w *clusterWAL) reportGap(ctx context.Context, g walGap) error {
+	first, last := w.nameOf(g.line, g.first), w.nameOf(g.line, g.last)
+	if w.knownMissing(first) && w.knownMissing(last) {
+		return nil
+	}
+	w.gaps = append(w.gaps, g)
+	key, err := walKey(w.cl.name, first), error(nil)
+	if first == last {
+		err = corrupt(key, "it is missing")
+	} else {
+		err = corrupt(key, "it and all up to %s, %d segments, are missing", last, g.last-g.first+1)
+	}
+	f, unread := w.cost(ctx, g, key, err)
+	if len(f.Backups) == 0 && !w.archives(g.line) {
+		f.Note = true
+		f.Err = fmt.Errorf("the WAL from %s to %s was not archived: the repository has only the WAL of the backups themselves", first, last)
+	}
+	w.c.report(f)
+	return unread
+}
+
+// archives tells whether the WAL of a line goes on behind, or begins before, a backup's own. Where it never does, nobody
+// archives, and what lies between two backups was never to be there.
+func (w *clusterWAL) archives(l walLine) bool {
+	numbers, backups := w.numbers(l), w.on(l)
+	for from := 0; from < len(numbers); {
+		to := from + 1
+		for to < len(numbers) && numbers[to] == numbers[to-1]+1 {
+			to++
+		}
+		own, others := 0, 0
+		for _, no := range numbers[from:to] {
+			if slices.ContainsFunc(backups, func(b backupRange) bool { return b.first <= no && no < b.end }) {
+				own++
+			} else {
+				others++
+			}
+		}
+		if own > 0 && others > 0 {
+			return true
+		}
+		from = to
+	}
+	return false
+}
+
+// cost finds out what segments cost that cannot be had: which backups need them, and from which others recovery ends there.
+// The error says that the rest of the WAL could not be asked for the time of that.
+func (w *clusterWAL) cost(ctx context.Context, g walGap, key string, what error) (Finding, error) {
+	f := Finding{Object: key, Cluster: w.cl.name, Err: what}
+	lost := LostWindow{From: Moment{LSN: w.cl.size.Start(g.first)}}
+	for _, b := range w.on(g.line) {
+		switch {
+		case b.first > g.last:
+			if lost.To.LSN == 0 || b.StopLSN < lost.To.LSN {
+				lost.To = Moment{b.StopLSN, b.StoppedAt.UTC()}
+			}
+		case b.end > g.first:
+			f.Backups = append(f.Backups, w.needs(b, g))
+		default:
+			lost.Backups = append(lost.Backups, b.ID)
+		}
+	}
+	if len(f.Backups) > 0 {
+		f.Cost = "These backups cannot be recovered: they need it to be consistent."
+	}
+	if len(lost.Backups) == 0 {
+		if len(f.Backups) == 0 {
+			f.Cost = costNothing
+		}
+		return f, nil
+	}
+	var err error
+	lost.From.Time, err = w.lastCommit(ctx, g)
+	f.Window = &lost
+	return f, err
+}
+
+// needs names the files of a backup that lie in a gap.
+func (w *clusterWAL) needs(b backupRange, g walGap) Affected {
+	a := Affected{Cluster: b.Cluster, Backup: b.ID}
+	for no := max(b.first, g.first); no < b.end && no <= g.last; no++ {
+		if len(a.Files) < maxNamed {
+			a.Files = append(a.Files, walFileOf(w.nameOf(g.line, no)))
+		}
+		a.Total++
+	}
+	return a
+}
+
+// headsBack is how many segments before a gap are asked for the last commit before it.
+const headsBack = 16
+
+// lastCommit is the time of the last commit before a gap; zero if the segments just before it have none, or cannot be read.
+func (w *clusterWAL) lastCommit(ctx context.Context, g walGap) (time.Time, error) {
+	for no := g.first; no > 0 && g.first-no < headsBack; {
+		no--
+		head, err := w.c.r.WALHead(ctx, w.cl.name, w.nameOf(g.line, no))
+		if errors.Is(err, ErrNoWAL) {
+			break
+		}
+		if err != nil {
+			return time.Time{}, unanswered(ctx, err)
+		}
+		if !head.Summary.LastCommit.IsZero() {
+			return head.Summary.LastCommit.UTC(), nil
+		}
+	}
+	return time.Time{}, nil
+}
+
+// damaged reports a WAL object that cannot be read, and what that costs: a segment that cannot be had is a gap.
+func (w *clusterWAL) damaged(ctx context.Context, name pg.WALName, err error) error {
+	key := walKey(w.cl.name, name)
+	f := Finding{Object: key, Cluster: w.cl.name, Err: err, Cost: costNothing}
+	no, notSegment := name.SegmentNo(w.cl.size)
+	for _, tli := range w.timelines() {
+		g := walGap{w.line(tli), no, no}
+		if notSegment != nil || !w.uses(g.line, name, no) {
+			continue
+		}
+		cost, e := w.cost(ctx, g, key, err)
+		if e != nil {
+			return e
+		}
+		if cost.Cost != costNothing {
+			f = cost
+			break
+		}
+	}
+	w.c.report(f)
+	return nil
+}
+
+// uses tells whether recovery along a line would ask for a segment.
+func (w *clusterWAL) uses(l walLine, name pg.WALName, no uint64) bool {
+	if _, ok := slices.BinarySearch(w.segments[name.Timeline], no); !ok || name.Kind == pg.WALBackupHistory {
+		return false
+	}
+	whole := name
+	whole.Kind = pg.WALSegment
+	if name.Kind == pg.WALPartial && w.names[whole] {
+		return false
+	}
+	return slices.ContainsFunc(l, func(s walStretch) bool { return s.timeline == name.Timeline && w.covers(s, no) })
+}

@@ -1,0 +1,211 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"pgthaw/repo/pg"
+)
+
+// Info is what a repository holds and costs. It comes from documents, manifests, pack lists and listings: what lies where
+// within a pack is not looked at, so bytes are told apart by whole packs where they are told apart at all.
+type Info struct {
+	ID         string
+	URL        string
+	CreatedAt  time.Time
+	Encryption string
+
+	Clusters []ClusterInfo
+
+	SizeBytes  int64 // of all backups, as their servers had them
+	Packs      PackCount
+	WALBytes   int64 // of all WAL objects
+	OtherBytes int64 // documents and pack lists
+
+	// Packs that no backup's pack list names: those of a backup that is being made right now, and those that one which was
+	// killed has left. Nil where a manifest or pack list cannot be read: nobody knows then.
+	NotReferenced *PackCount
+}
+
+// PackCount is a number of packs.
+type PackCount struct {
+	Packs int
+	Bytes int64
+}
+
+// ClusterInfo is one cluster's part.
+type ClusterInfo struct {
+	Name             string
+	SystemIdentifier uint64
+	Backups          []BackupInfo // oldest first
+	SizeBytes        int64        // of the backups
+	Packs            PackCount    // that its backups use
+	WALSegments      int          // whole ones
+	WALSegmentBytes  int64        // of their objects
+	SegmentSize      pg.SegmentSize
+	WALBytes         int64 // of all WAL objects, also histories and partial segments
+}
+
+// BackupInfo is one backup's part. A pack list tells the live bytes of each pack: stored bytes that the backup's files refer
+// to, as often as they do, but not more than the pack has.
+type BackupInfo struct {
+	*Manifest
+	LiveBytes   int64     // live bytes of all packs: what the backup needs, at most
+	Unique      PackCount // packs that no other backup uses, in whole: what goes when the backup does
+	SharedBytes int64     // live bytes of all other packs
+}
+
+// usedPack is a pack that backups use.
+type usedPack struct {
+	size    uint32
+	live    uint64 // by the first backup
+	owner   int    // index of the first backup, counted over all clusters
+	shared  bool   // others use it, too
+	cluster int    // index of the cluster in which it was met last
+}
+
+// Info reads every manifest and pack list, and lists all objects. What can be read comes with an error that says what cannot.
+func (r *Repository) Info(ctx context.Context) (*Info, error) {
+	i := &Info{ID: r.ID(), URL: r.URL(), CreatedAt: r.config.CreatedAt, Encryption: r.config.Encryption}
+	clusters, err := r.Clusters(ctx)
+	if clusters == nil && err != nil {
+		return i, err
+	}
+	c := infoCounter{r: r, info: i, packs: map[PackID]*usedPack{}}
+	bad := []error{err}
+	for _, cluster := range clusters {
+		bad = append(bad, c.addCluster(ctx, cluster))
+	}
+	c.share()
+	err = errors.Join(bad...)
+	unlisted, listErr := c.list(ctx)
+	if err == nil && listErr == nil {
+		i.NotReferenced = &unlisted
+	}
+	return i, errors.Join(err, listErr)
+}
+
+type infoCounter struct {
+	r       *Repository
+	info    *Info
+	packs   map[PackID]*usedPack
+	backups []*BackupInfo
+}
+
+// addCluster takes in a cluster's backups.
+func (c *infoCounter) addCluster(ctx context.Context, cluster Cluster) error {
+	manifests, err := c.r.Backups(ctx, cluster.Name)
+	bad := []error{err}
+	ci := ClusterInfo{Name: cluster.Name, SystemIdentifier: cluster.SystemIdentifier, SegmentSize: cluster.SegmentSize,
+		Backups: make([]BackupInfo, len(manifests))}
+	for i, m := range manifests {
+		b := &ci.Backups[i]
+		b.Manifest = m
+		ci.SizeBytes += m.SizeBytes
+		uses, err := c.r.packList(ctx, m)
+		bad = append(bad, err)
+		for _, u := range uses {
+			c.addPack(&ci, b, u)
+		}
+		c.backups = append(c.backups, b)
+	}
+	c.info.SizeBytes += ci.SizeBytes
+	c.info.Clusters = append(c.info.Clusters, ci)
+	return errors.Join(bad...)
+}
+
+// addPack takes in one pack of the next backup.
+func (c *infoCounter) addPack(ci *ClusterInfo, b *BackupInfo, u packUse) {
+	b.LiveBytes += int64(u.live)
+	p := c.packs[u.pack]
+	if p == nil {
+		p = &usedPack{size: u.size.size, live: u.live, owner: len(c.backups), cluster: -1}
+		c.packs[u.pack] = p
+	} else {
+		p.shared = true
+	}
+	if p.cluster != len(c.info.Clusters) {
+		p.cluster = len(c.info.Clusters)
+		ci.Packs.add(int64(u.size.size))
+	}
+}
+
+func (p *PackCount) add(bytes int64) {
+	p.Packs++
+	p.Bytes += bytes
+}
+
+// share tells each backup's packs apart, all being known.
+func (c *infoCounter) share() {
+	for _, b := range c.backups {
+		b.SharedBytes = b.LiveBytes
+	}
+	for _, p := range c.packs {
+		if b := c.backups[p.owner]; !p.shared {
+			b.Unique.add(int64(p.size))
+			b.SharedBytes -= int64(p.live)
+		}
+	}
+}
+
+// list counts all objects, and returns the packs that no backup uses.
+func (c *infoCounter) list(ctx context.Context) (unlisted PackCount, err error) {
+	clusters := map[string]*ClusterInfo{}
+	for i := range c.info.Clusters {
+		clusters[c.info.Clusters[i].Name] = &c.info.Clusters[i]
+	}
+	unknown := map[string]bool{} // clusters whose backups were not looked at
+	for o, err := range c.r.store.List(ctx, "") {
+		if err != nil {
+			return unlisted, fmt.Errorf("list the repository: %w", err)
+		}
+		kind, rest, _ := strings.Cut(o.Key, "/")
+		name, _, _ := strings.Cut(rest, "/")
+		switch kind + "/" {
+		case packsRoot:
+			c.info.Packs.add(o.Size)
+			if id, ok := packOfKey(o.Key); ok && c.packs[id] == nil {
+				unlisted.add(o.Size)
+			}
+		case walRoot:
+			c.info.WALBytes += o.Size
+			clusters[name].addWAL(o.Key, o.Size)
+		case backupsRoot:
+			unknown[name] = clusters[name] == nil
+			fallthrough
+		default:
+			c.info.OtherBytes += o.Size
+		}
+	}
+	return unlisted, c.unknown(ctx, unknown)
+}
+
+// unknown says why there are backups of clusters that Clusters did not give.
+func (c *infoCounter) unknown(ctx context.Context, clusters map[string]bool) error {
+	var bad []error
+	for name, unknown := range clusters {
+		if !unknown {
+			continue
+		}
+		if _, err := c.r.Cluster(ctx, name); errors.Is(err, ErrNoCluster) {
+			bad = append(bad, corrupt(clusterKey(name), "it is missing"))
+		}
+	}
+	return errors.Join(bad...)
+}
+
+// addWAL counts a WAL object. ci is nil for a cluster that cannot be read.
+func (ci *ClusterInfo) addWAL(key string, size int64) {
+	if ci == nil {
+		return
+	}
+	ci.WALBytes += size
+	name, err := pg.ParseWALName(key[strings.LastIndexByte(key, '/')+1:])
+	if err == nil && name.Kind == pg.WALSegment {
+		ci.WALSegments++
+		ci.WALSegmentBytes += size
+	}
+}

@@ -148,7 +148,7 @@ func TestJSONFieldsAreOnThePage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, v := range []any{listed{}, recovery.Window{}, recovery.Point{}, checkJSON{}, findingJSON{}, walListing{}, walRun{},
+	for _, v := range []any{listed{}, recovery.Window{}, recovery.Point{}, checkJSON{}, findingJSON{}, walListing{}, walRun{}, keyJSON{},
 		recovery.Result{}, recovery.RecoveryEnd{}, recovery.OverlayStatus{}} {
 		typ := reflect.TypeOf(v)
 		for i := range typ.NumField() {

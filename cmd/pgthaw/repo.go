@@ -11,8 +11,8 @@ import (
 
 func repoCommand() *cli.Command {
 	return &cli.Command{
-		Name: "repo", Usage: "make and check repositories",
-		Subcommands: []*cli.Command{repoInitCommand(), repoCheckCommand()},
+		Name: "repo", Usage: "make and check repositories, manage their keys",
+		Subcommands: []*cli.Command{repoInitCommand(), repoCheckCommand(), repoKeyCommand()},
 	}
 }
 

@@ -222,7 +222,8 @@ Made        %s
 Whoever has this sheet and can read the repository can read the databases in it.
 
 %s
-To use it, run this, type the lines above and end with Ctrl-D; blanks do not matter:
+To use it, run this, type the lines above (0 is zero; O, I and B do not occur) and end with
+Ctrl-D. Blanks do not matter.
 
     (umask 077; tr -d ' \n' > recovery.key); sha256sum recovery.key
 

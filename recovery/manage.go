@@ -155,6 +155,7 @@ func Finish(ctx context.Context, dir string, progress func(Progress)) error {
 	if err != nil {
 		return err
 	}
+	begun := time.Now()
 	_, err = ask(ctx, dir, commandFinish)
 	if errors.Is(err, ErrNoDaemon) {
 		return finishUnserved(ctx, dir)
@@ -174,6 +175,9 @@ func Finish(ctx context.Context, dir string, progress func(Progress)) error {
 		}
 		if s.State == stateHydrated && hydrated.IsZero() {
 			hydrated = time.Now()
+		}
+		if s.LastErrorAt != nil && s.LastErrorAt.Before(begun) { // it may be over: the disk that was full is not any more
+			s.LastError = ""
 		}
 		if err := finishFailed(dir, s, hydrated); err != nil {
 			return err

@@ -196,7 +196,7 @@ func (c *checker) file(ctx context.Context, b *Backup, e Entry) error {
 	if err != nil || !c.o.ReadData {
 		return err
 	}
-	n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.NewSectionReader(f, 0, f.Size()), make([]byte, maxFetch))
+	n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.NewSectionReader(f, 0, f.Size()), make([]byte, min(maxFetch, f.Size()+1)))
 	c.done.Bytes += n
 	if err != nil {
 		return fmt.Errorf("read: %w", err)

@@ -102,7 +102,7 @@ func (t *packTOC) find(offset uint32) (i int, ok bool) {
 func (t *packTOC) cost() int64 {
 	n := int64(1024)
 	for _, d := range t.digests {
-		n += 64 + int64(len(d))
+		n += 80 + int64(len(d))
 	}
 	return n
 }
@@ -242,7 +242,8 @@ func (p *packer) flush() error {
 	toc := p.toc.appendTo(nil)
 	id, _ := p.w.r.digests.sum(toc, nil)
 	at := len(p.buf)
-	p.buf = p.sealer.seal(p.w.r.codec.compress(p.buf, toc), at)
+	// Not into p.buf itself: the encoder keeps hold of what it has written to, a whole pack then.
+	p.buf = p.sealer.seal(append(p.buf, p.w.r.codec.compress(nil, toc)...), at)
 	size := packSize{toc: uint32(len(p.buf) - at)}
 	p.buf = binary.LittleEndian.AppendUint32(p.buf, uint32(at))
 	p.buf = binary.LittleEndian.AppendUint32(p.buf, size.toc)

@@ -27,7 +27,6 @@ type Options struct {
 
 const (
 	defaultCacheBytes = 64 << 20
-	tocCacheBytes     = 64 << 20
 	treeCacheBytes    = 64 << 20
 )
 
@@ -43,7 +42,6 @@ type Repository struct {
 
 	read   atomic.Int64 // bytes fetched from the store
 	chunks *cache[chunkKey, []byte]
-	tocs   *cache[PackID, *packTOC]
 	trees  *cache[ID, []Entry]
 	heads  *cache[string, *walHead]
 }
@@ -194,7 +192,6 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 		o.CacheBytes = defaultCacheBytes
 	}
 	r.chunks = newCache[chunkKey, []byte](o.CacheBytes)
-	r.tocs = newCache[PackID, *packTOC](tocCacheBytes)
 	r.trees = newCache[ID, []Entry](treeCacheBytes)
 	r.heads = newCache[string, *walHead](treeCacheBytes)
 	return r, r.readConfig(ctx, o.Keys)

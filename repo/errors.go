@@ -18,6 +18,9 @@ var (
 	ErrCorrupt          = errors.New("repository damaged")
 	ErrNoKey            = errors.New("the repository is encrypted, and no key is given")
 	ErrWrongKey         = errors.New("wrong key")
+	ErrPlain            = errors.New("the repository is not encrypted, and never will be")
+	ErrNoKeySlot        = errors.New("no such key in the repository")
+	ErrLastKey          = errors.New("the last key of the repository cannot be removed: nobody could open it any more")
 	ErrNotEncrypted     = errors.New("a key is given, but the repository says that it is not encrypted")
 )
 

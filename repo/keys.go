@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"strings"
 	"time"
 
@@ -266,4 +267,60 @@ func (r *Repository) unlock(ctx context.Context, id [16]byte, keys []Key) (*mast
 		return nil, bad
 	}
 	return nil, fmt.Errorf("%s: %w: it opens none of the repository's %d key slots", r.url, ErrWrongKey, len(slots))
+}
+
+// AddKey lets the holder of k open the repository. No other object changes.
+func (r *Repository) AddKey(ctx context.Context, k Key, label string) (KeySlot, error) {
+	if r.seals.master == nil {
+		return KeySlot{}, fmt.Errorf("%s: %w", r.url, ErrPlain)
+	}
+	slot, err := newKeySlot(r.seals.master, k, label)
+	if err != nil {
+		return KeySlot{}, err
+	}
+	return slot, putKeySlot(ctx, r.store, slot)
+}
+
+// RemoveKey takes a key slot away. ErrNoKeySlot: there is none of this id. ErrLastKey: no other can be read, so nobody
+// could open the repository any more.
+func (r *Repository) RemoveKey(ctx context.Context, id string) error {
+	if !keySlotID.MatchString(id) {
+		return fmt.Errorf("%s: %w", id, ErrNoKeySlot)
+	}
+	key := keySlotsPrefix + id
+	body, err := r.get(ctx, key, 0, -1)
+	if errors.Is(err, store.ErrNotExist) {
+		return fmt.Errorf("%s: %w", id, ErrNoKeySlot)
+	}
+	if err != nil {
+		return fmt.Errorf("read key slot %s: %w", id, err)
+	}
+	if err := r.otherKey(ctx, id); err != nil {
+		return err
+	}
+	if err := r.store.Delete(ctx, key); err != nil {
+		return fmt.Errorf("remove key slot %s: %w", id, err)
+	}
+	// Somebody else may have removed the other one meanwhile: then both put theirs back.
+	ctx = context.WithoutCancel(ctx)
+	if err := r.otherKey(ctx, id); err != nil {
+		return errors.Join(err, r.store.Put(ctx, key, body))
+	}
+	return nil
+}
+
+var keySlotID = regexp.MustCompile(`^[0-9a-f]{16}$`)
+
+// otherKey says whether a slot besides this one can be read.
+func (r *Repository) otherKey(ctx context.Context, id string) error {
+	slots, err := r.KeySlots(ctx)
+	if err != nil && !errors.Is(err, ErrCorrupt) {
+		return err
+	}
+	for _, s := range slots {
+		if s.ID != id {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s: %w", id, ErrLastKey)
 }

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"filippo.io/age"
@@ -183,5 +184,37 @@ func TestForeignSlots(t *testing.T) {
 	}
 	if err := putKeySlot(t.Context(), r.store, good[0]); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestRemoveKeysAtOnce has the holders of two keys remove each other's: one at least stays.
+func TestRemoveKeysAtOnce(t *testing.T) {
+	k := newTestKey(t)
+	r := newTestRepository(t, k, newTestKey(t))
+	for range 20 {
+		slots, err := r.KeySlots(t.Context())
+		if err != nil || len(slots) != 2 {
+			t.Fatalf("%d slots, %v", len(slots), err)
+		}
+		var g sync.WaitGroup
+		for _, s := range slots {
+			g.Go(func() {
+				if err := r.RemoveKey(t.Context(), s.ID); err != nil && !errors.Is(err, ErrLastKey) {
+					t.Error(err)
+				}
+			})
+		}
+		g.Wait()
+		left, err := r.KeySlots(t.Context())
+		if err != nil || len(left) == 0 {
+			t.Fatalf("%d slots left, %v", len(left), err)
+		}
+		for len(left) < 2 {
+			slot, err := r.AddKey(t.Context(), k, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			left = append(left, slot)
+		}
 	}
 }

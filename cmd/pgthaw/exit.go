@@ -42,7 +42,7 @@ type exit struct {
 var exits = []exit{
 	{exitDone, "done", nil, ""},
 	{exitFailed, "failed, no code of its own", nil, ""},
-	{exitUsage, "wrong usage", anyOf(recovery.ErrUsage), "Try --help after the command."},
+	{exitUsage, "wrong usage", anyOf(recovery.ErrUsage, repo.ErrPlain, repo.ErrNoKeySlot, repo.ErrLastKey), "Try --help after the command."},
 	{3, "done, but what stderr names was left out", nil, ""},
 	{10, "no repository there", anyOf(repo.ErrNoRepository), `Check the URL, or make a repository with "pgthaw repo init".`},
 	{11, "repository locked", nil, ""},
@@ -163,6 +163,9 @@ var hints = []struct {
 	is   error
 	hint string
 }{
+	{repo.ErrPlain, "Make another one: \"pgthaw repo init --key-file FILE URL\"."},
+	{repo.ErrNoKeySlot, "\"pgthaw repo key list\" shows the ids."},
+	{repo.ErrLastKey, "Add another one first, with \"pgthaw repo key add\"."},
 	{repo.ErrNoKey, "Give --key-file FILE or --passphrase-file FILE, or set PGTHAW_KEY_FILE or PGTHAW_PASSPHRASE_FILE."},
 	{repo.ErrWrongKey, "Give a key that this repository was made with, or that was added to it. Without one nobody can read it."},
 	{repo.ErrNotEncrypted, "If it was made encrypted, somebody has replaced its configuration: do not use it. Otherwise leave the key away."},
@@ -204,6 +207,10 @@ var commandExits = map[string][]int{
 	"repo init":       {12, 20, 21, 22},
 	"repo info":       {10, 12, 13, 16, 20},
 	"repo check":      {10, 12, 13, 16, 20},
+	"repo key list":   {10, 12, 13, 16, 20},
+	"repo key add":    {10, 12, 13, 16, 20},
+	"repo key remove": {10, 12, 13, 16, 20},
+	"repo key export": {10, 12, 13, 16, 20},
 	"backup":          {10, 12, 13, 16, 18, 20, 23, 24},
 	"list":            {10, 12, 13, 14, 16, 20},
 	"show":            {10, 12, 13, 14, 16, 20},

@@ -11,8 +11,8 @@ import (
 
 func repoCommand() *cli.Command {
 	return &cli.Command{
-		Name: "repo", Usage: "make, check and measure repositories",
-		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand()},
+		Name: "repo", Usage: "make, check and measure repositories, manage their keys",
+		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoKeyCommand()},
 	}
 }
 

@@ -61,11 +61,16 @@ func (b bareDir) record() (record, error) {
 	if err := json.Unmarshal(text, &r); err != nil {
 		return r, fmt.Errorf("read %s: %w", recordName, err)
 	}
-	if r.Version != recordVersion || len(r.Roots) == 0 {
+	if r.Version != recordVersion {
 		return r, fmt.Errorf("%s has version %d; this pgthaw reads version %d", recordName, r.Version, recordVersion)
+	}
+	if !r.valid() {
+		return r, fmt.Errorf("%s of %s: %w: its directories do not begin with the data directory", recordName, b.Name(), ErrNoOverlay)
 	}
 	return r, nil
 }
+
+func (r record) valid() bool { return len(r.Roots) > 0 && r.Roots[0].Dir == r.Target }
 
 // writeRecord makes the private directory with the record in it; Lay syncs them.
 func writeRecord(dir string, r record) error {
@@ -126,7 +131,7 @@ func (b bareDir) marked(dir string) (r record, err error) {
 	if err == nil {
 		err = json.Unmarshal(text, &r)
 	}
-	if err != nil || r.Target != dir || len(r.Roots) == 0 {
+	if err != nil || r.Target != dir || !r.valid() {
 		return r, fmt.Errorf("%s: %w", dir, ErrNoOverlay)
 	}
 	return r, nil

@@ -1,6 +1,7 @@
 package recovery
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io/fs"
@@ -9,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"pgthaw/repo"
 )
 
 // forger is the server's user, who owns a thawed directory and writes into it what it likes.
@@ -172,5 +175,27 @@ func TestDiscardFollowsNoLink(t *testing.T) {
 	f.isThere(file)
 	if _, err := os.Lstat(f.dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the data directory is still there: %v", err)
+	}
+}
+
+// TestResumeForgedRecord: root serves nothing that the server's user may have made up.
+func TestResumeForgedRecord(t *testing.T) {
+	f := newForger(t)
+	f.writeRecord(f.record(f.dir))
+	spawned := 0
+	spawn := func(context.Context, string) error { spawned++; return nil }
+	if err := Resume(t.Context(), f.dir, spawn); err != nil || spawned != 1 {
+		t.Errorf("root's own record: %v", err)
+	}
+	own(t, filepath.Join(f.dir, recordName))
+	if err := Resume(t.Context(), f.dir, spawn); !errors.Is(err, ErrTargetDir) || spawned != 1 {
+		t.Errorf("a forged record: %v", err)
+	}
+	open := func(context.Context, string) (*repo.Repository, error) {
+		t.Error("the repository is opened")
+		return nil, errors.New("not here")
+	}
+	if err := Serve(t.Context(), f.dir, open, func() error { return nil }, nil); !errors.Is(err, ErrTargetDir) {
+		t.Errorf("serve: %v", err)
 	}
 }

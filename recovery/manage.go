@@ -106,6 +106,9 @@ func Resume(ctx context.Context, dir string, spawn func(ctx context.Context, dir
 	if whole {
 		return finishBare(dir)
 	}
+	if err := r.checkTrust(); err != nil {
+		return err
+	}
 	return spawn(ctx, r.Target)
 }
 

@@ -15,7 +15,8 @@
 //     more and none less, and after all WAL up to its stop LSN is in the repository.
 //   - The server is told that WAL is flushed only when the repository has it durably: whole segments. While it waits
 //     for an answer it is told of none, for a fast shutdown would wait for the segment to fill.
-//   - Memory: a window of chunks, backup_manifest with what is compared with it, and one WAL segment.
+//   - Memory: a window of chunks, the entries of one database's directory, one WAL segment, and 10 to 20 bytes of each file
+//     received: what backup_manifest, which comes last and is not kept, is compared with.
 //   - The directory of a cluster is only read, and by PushWAL alone.
 //
 // Protocol: the manual's "Streaming Replication Protocol"; PostgreSQL 15 and later frame BASE_BACKUP in the same way.

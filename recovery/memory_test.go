@@ -129,8 +129,8 @@ func liveHeap() int64 {
 //	go test -run '^$' -bench RestoreManyFiles -benchtime 1x ./recovery
 func BenchmarkRestoreManyFiles(b *testing.B) {
 	for _, databases := range []int{1, 4, 4000} {
-		j := manyFiles(b, 1_000_000, databases, 8192)
-		b.Run(fmt.Sprintf("of %d databases", databases), func(b *testing.B) {
+		b.Run(fmt.Sprintf("%d databases", databases), func(b *testing.B) {
+			j := manyFiles(b, 1_000_000, databases, 8192)
 			for b.Loop() {
 				debug.FreeOSMemory()
 				// proc(5): the peak is counted anew.

@@ -202,7 +202,11 @@ func (p *packer) add(kind byte, content []byte, id ID, digests []byte) (Ref, err
 	if kind == pieceChunk {
 		encode = p.w.r.codec.storeChunk
 	}
-	frame := encode((*room)[:0], content)
+	frame := (*room)[:0]
+	if len(content) > ChunkSize { // the listing of very many files, which becomes some two fifths: growing into it takes a multiple
+		frame = make([]byte, 0, len(content)/2)
+	}
+	frame = encode(frame, content)
 
 	p.mu.Lock()
 	defer p.mu.Unlock()

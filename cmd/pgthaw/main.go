@@ -16,8 +16,16 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	// A second signal finds the default action again, and kills.
 	context.AfterFunc(ctx, stop)
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit)
+	}
 	os.Exit(run(ctx, os.Args, os.Stdout, os.Stderr))
 }
+
+// memoryLimit is where Go begins to collect garbage more often instead of doubling what is in use, in bytes. Few commands
+// come near: a backup of a million files in one database has 541 MiB at its peak without, 390 MiB with it. Above it there is
+// room for restore's buffers, up to 512 MiB.
+const memoryLimit = 384 << 20
 
 // run executes one command line and returns its exit code. An error is printed here, once.
 func run(ctx context.Context, argv []string, stdout, stderr io.Writer) int {

@@ -21,8 +21,9 @@
 //
 //   - Below the limit, a hole of the backing file is the lower's bytes; all else is the backing file's. The disk is the only
 //     record: a daemon that is killed loses nothing that a process killed would not.
-//   - A hole that became data stays data. Nothing punches holes while there is a limit, and a fill writes only into what it
-//     finds, under the lock, to be a hole still. fallocate(2) below the limit is refused, for ext4 may write zeros around
+//   - A hole that became data stays data. Nothing punches holes while there is a limit, but for a write that failed: what it
+//     did not write is made holes again before anybody looks. A fill writes only into what it finds, under the lock, to be
+//     a hole still. fallocate(2) below the limit is refused, for ext4 may write zeros around
 //     what is written into an unwritten extent.
 //   - Blocks given and not written (fiemap: unwritten) are no dependable holes. A power cut leaves some; they are made holes when
 //     a placeholder is first used.

@@ -25,7 +25,8 @@ func (e *lowerError) Unwrap() error { return e.err }
 // file is the content of a regular file: data in the backing file, and below the limit, where that has holes, the lower
 // file's bytes.
 //
-// Two facts carry all else. A hole that was filled or written stays data: nothing punches holes. And the limit falls only.
+// Two facts carry all else. A hole that was filled or written stays data: nothing punches holes but what a write that
+// failed has not written. And the limit falls only.
 type file struct {
 	name      func() string                          // names the inode for open(2)
 	openLower func(path string) (io.ReaderAt, error) // of the backup
@@ -46,6 +47,8 @@ type file struct {
 	path     string
 	unsynced atomic.Bool // the limit changed since the last fsync
 	filled   atomic.Bool // no hole is left below the limit; never false again
+	careful  atomic.Bool // a write into a hole has failed: more may
+	spoilt   atomic.Bool // a failed write left zeros in holes that could not be made holes again
 
 	// lowerMu is held while the lower file is opened, which reads the repository: who waits wants the same file.
 	lowerMu sync.Mutex
@@ -74,6 +77,9 @@ func (f *file) ready(fd int) error {
 			f.cleanErr = discardUnwritten(fd, f.limit)
 		}
 	})
+	if f.spoilt.Load() {
+		return errors.New("a write failed and left zeros where bytes of the backup belong")
+	}
 	return f.cleanErr
 }
 
@@ -190,16 +196,16 @@ func (f *file) lowerFile() (io.ReaderAt, error) {
 // the lower's bytes first; whole blocks need none.
 func (f *file) writeAt(fd int, p []byte, off int64) (int, error) {
 	var n int
-	err := f.onBlocks(fd, off, off+int64(len(p)), func() (err error) {
-		n, err = pwriteFull(fd, p, off)
+	err := f.onBlocks(fd, off, off+int64(len(p)), func(holes []span) (err error) {
+		n, err = f.pwrite(fd, p, off, holes)
 		return err
 	})
 	return n, err
 }
 
-// onBlocks calls change, which makes data or unwritten extents of [off, end), with content shared, when no edge of that
-// range needs the lower's bytes any more.
-func (f *file) onBlocks(fd int, off, end int64, change func() error) error {
+// onBlocks calls change, which makes data or unwritten extents of [off, end), when no edge of that range needs the lower's
+// bytes any more. change gets the holes of the range below the limit; content is held, exclusively if there are any.
+func (f *file) onBlocks(fd int, off, end int64, change func(holes []span) error) error {
 	if err := f.ready(fd); err != nil {
 		return err
 	}
@@ -222,16 +228,96 @@ func (f *file) copyUp(fd int, block int64) error {
 }
 
 // tryOnBlocks calls change unless there is an edge to be filled first, whose block it returns, else -1.
-func (f *file) tryOnBlocks(fd int, off, end int64, change func() error) (edge int64, err error) {
+func (f *file) tryOnBlocks(fd int, off, end int64, change func(holes []span) error) (edge int64, err error) {
+	unlock, err := f.lockForChange(fd, off, end)
+	defer unlock()
+	if err != nil {
+		return -1, err
+	}
+	if f.filled.Load() {
+		return -1, change(nil)
+	}
+	if edge, err := f.edge(fd, off, end); err != nil || edge >= 0 {
+		return edge, err
+	}
+	holes, err := appendHoles(nil, fd, off, min(end, f.limit))
+	if err != nil {
+		return -1, err
+	}
+	return -1, change(holes)
+}
+
+// lockForChange takes content, exclusively if there are holes in [off, end) below the limit: nobody may see what a write
+// that fails makes of them.
+func (f *file) lockForChange(fd int, off, end int64) (unlock func(), err error) {
 	f.content.RLock()
-	defer f.content.RUnlock()
-	if !f.filled.Load() {
-		edge, err := f.edge(fd, off, end)
-		if err != nil || edge >= 0 {
-			return edge, err
+	if f.filled.Load() {
+		return f.content.RUnlock, nil
+	}
+	holes, err := appendHoles(nil, fd, off, min(end, f.limit))
+	if err != nil || len(holes) == 0 {
+		return f.content.RUnlock, err
+	}
+	f.content.RUnlock()
+	f.content.Lock()
+	return f.content.Unlock, nil
+}
+
+// pwrite writes p at off, or the first n bytes of it: then what is left of the holes is holes as before. holes are those
+// of the range below the limit; if there are any, caller holds content exclusively.
+//
+// A write that finds no room for all of a folio leaves zeros in the blocks it did get (Linux: folio_zero_new_buffers),
+// and those would be data where lower bytes belong. They are made holes again; but as a daemon that is killed before that
+// would leave them, each block is written by itself where space is short.
+func (f *file) pwrite(fd int, p []byte, off int64, holes []span) (n int, err error) {
+	short := len(holes) > 0 && f.shortOfSpace(fd)
+	for n < len(p) && err == nil {
+		at, end := off+int64(n), len(p)
+		if short {
+			end = min(end, n+int(f.block-at%f.block))
+		}
+		var m int
+		m, err = pwriteFull(fd, p[n:end], at)
+		n += m
+	}
+	if err == nil || len(holes) == 0 {
+		return n, err
+	}
+	f.careful.Store(true)
+	whole := roundDown(off+int64(n), f.block)
+	if undone := f.makeHoles(fd, holes, whole); undone != nil {
+		f.spoilt.Store(true)
+		err = errors.Join(err, undone)
+	}
+	return int(max(0, whole-off)), err
+}
+
+// spareSpace is more than what is written at the same time as one pwrite, bytes.
+const spareSpace = 64 << 20
+
+// shortOfSpace tells whether a write may fail for want of space.
+func (f *file) shortOfSpace(fd int) bool {
+	var st unix.Statfs_t
+	err := unix.Fstatfs(fd, &st)
+	return f.careful.Load() || err != nil || int64(st.Bavail)*int64(st.Bsize) < spareSpace
+}
+
+// makeHoles makes of holes what they were, from an offset on. Caller holds content exclusively.
+func (f *file) makeHoles(fd int, holes []span, from int64) error {
+	for _, h := range holes {
+		at, end := max(from, h.from), roundUp(h.to, f.block)
+		if at >= end {
+			continue
+		}
+		still, err := appendHoles(nil, fd, at, h.to)
+		if err == nil && len(still) == 1 && still[0] == (span{at, h.to}) {
+			continue
+		}
+		if err := unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at, end-at); err != nil {
+			return fmt.Errorf("make a hole again at %d: %w", at, err)
 		}
 	}
-	return -1, change()
+	return nil
 }
 
 // edge returns a block that must have the lower's bytes before [off, end) is changed, or -1: one that the range covers in
@@ -309,15 +395,19 @@ func (f *file) fillFrom(fd int, holes []span, p []byte, base int64) error {
 		}
 		for _, s := range still {
 			wrote = true
-			if _, err := pwriteFull(fd, p[s.from-base:s.to-base], s.from); err != nil {
-				return err
+			if _, err := f.pwrite(fd, p[s.from-base:s.to-base], s.from, []span{s}); err != nil {
+				return errors.Join(err, setModified(fd, st.Mtim))
 			}
 		}
 	}
 	if !wrote {
 		return nil
 	}
-	return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(fd), []unix.Timespec{{Nsec: unix.UTIME_OMIT}, st.Mtim}, 0)
+	return setModified(fd, st.Mtim)
+}
+
+func setModified(fd int, at unix.Timespec) error {
+	return unix.UtimesNanoAt(unix.AT_FDCWD, procPath(fd), []unix.Timespec{{Nsec: unix.UTIME_OMIT}, at}, 0)
 }
 
 // wholeBlocks is the end of the blocks before to that may be written: the limit's own block is written up to the limit.
@@ -380,7 +470,7 @@ func (f *file) setLimit(fd int, limit int64) error {
 // allocate is fallocate(2) with mode 0 or FALLOC_FL_KEEP_SIZE, of bytes that have no lower: in an unwritten extent ext4
 // may write zeros around a written block (extent_max_zeroout_kb), which would be data where lower bytes belong.
 func (f *file) allocate(fd int, mode uint32, off, size int64) error {
-	return f.onBlocks(fd, off, off+size, func() error {
+	return f.onBlocks(fd, off, off+size, func([]span) error {
 		if off < f.limit && !f.filled.Load() {
 			return fmt.Errorf("fallocate at %d, below the limit %d: %w", off, f.limit, unix.EOPNOTSUPP)
 		}

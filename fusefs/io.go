@@ -44,14 +44,14 @@ func (v *Overlay) openFile(n *node) (fuse.OpenOut, error) {
 }
 
 // whole tells whether the backing file has all bytes, and makes it so if it is small. Where that fails the file is
-// served all the same: it is reads of its holes that fail.
+// served all the same: it is reads of its holes that fail, and not even those if it was for want of space.
 func (v *Overlay) whole(n *node, fd int) bool {
 	whole, err := n.file.checkFilled(fd)
 	if err == nil && !whole {
 		whole, err = v.fillSmall(n, fd)
 	}
 	if err != nil {
-		v.faults.eio("hydrate at open", n.key.ino, err)
+		v.faults.status("hydrate at open", n.key.ino, err)
 	}
 	return whole && err == nil
 }

@@ -3,7 +3,6 @@ package ingest
 import (
 	"archive/tar"
 	"bytes"
-	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -46,25 +45,20 @@ func plain(h *tar.Header) bool {
 	return len(h.PAXRecords) == 0 && (h.Typeflag == tar.TypeReg || h.Typeflag == tar.TypeDir || h.Typeflag == tar.TypeSymlink)
 }
 
-// fileSum is what was received of a file.
-type fileSum struct {
-	size int64
-	crc  uint32 // CRC-32C
-}
-
 // tree puts the files of the archives into the backup's tree, and keeps what backup_manifest will be compared with.
 type tree struct {
 	w       *repo.BackupWriter
 	dirMode fs.FileMode // of directories that no archive has an entry for
 
-	dirs  map[string]bool
-	sums  map[string]fileSum // by the path in backup_manifest
-	label []byte             // backup_label
-	owner repo.Entry         // an entry with the server's user and group
+	dirs     map[string]bool
+	database string     // directory of the database whose files are coming; "": none
+	arrived  arrivals   // files of the archives
+	label    []byte     // backup_label
+	owner    repo.Entry // an entry with the server's user and group
 }
 
 func newTree(w *repo.BackupWriter, dataDirectoryMode string) *tree {
-	t := &tree{w: w, dirMode: 0o700, dirs: map[string]bool{}, sums: map[string]fileSum{}}
+	t := &tree{w: w, dirMode: 0o700, dirs: map[string]bool{}, arrived: newArrivals()}
 	if mode, err := strconv.ParseUint(dataDirectoryMode, 8, 32); err == nil {
 		t.dirMode = fs.FileMode(mode) & fs.ModePerm
 	}
@@ -113,7 +107,7 @@ func (t *tree) archive(r io.Reader, row tablespaceRow) error {
 			Link:    h.Linkname,
 		}
 		t.owner = repo.Entry{UID: e.UID, GID: e.GID, ModTime: e.ModTime}
-		if err := t.makeDirs(path.Dir(root + "/" + h.Name)); err != nil {
+		if err := t.enter(path.Dir(root + "/" + h.Name)); err != nil {
 			return err
 		}
 		return t.entry(h.Typeflag, root+"/"+h.Name, prefix+h.Name, e, content)
@@ -121,7 +115,32 @@ func (t *tree) archive(r io.Reader, row tablespaceRow) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", row.archiveName(), err)
 	}
-	return t.makeDirs(root)
+	return t.enter(root)
+}
+
+// enter makes the directory in which the next entry lies. The server walks depth first (sendDir), so that a database's
+// directory is complete once an entry lies outside of it; those alone have very many files.
+func (t *tree) enter(dir string) error {
+	if t.database != "" && dir != t.database && !strings.HasPrefix(dir, t.database+"/") {
+		if err := t.w.CloseDir(t.database); err != nil {
+			return err
+		}
+		t.database = ""
+	}
+	if t.database == "" && isDatabase(dir) {
+		t.database = dir
+	}
+	return t.makeDirs(dir)
+}
+
+// isDatabase tells the directory of a database, in the data directory or a tablespace.
+func isDatabase(dir string) bool {
+	for _, pattern := range []string{dataDir + "/base/*", "tablespaces/*/PG_*/*", dataDir + "/pg_tblspc/*/PG_*/*"} {
+		if ok, _ := path.Match(pattern, dir); ok {
+			return true
+		}
+	}
+	return false
 }
 
 // makeDirs makes the directories down to dir that are not there: the archives' roots, which have no entry of their
@@ -162,13 +181,14 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // summing passes on what it reads, and sums it.
 type summing struct {
 	io.Reader
-	sum fileSum
+	size int64
+	crc  uint32 // CRC-32C
 }
 
 func (s *summing) Read(p []byte) (int, error) {
 	n, err := s.Reader.Read(p)
-	s.sum.size += int64(n)
-	s.sum.crc = crc32.Update(s.sum.crc, castagnoli, p[:n])
+	s.size += int64(n)
+	s.crc = crc32.Update(s.crc, castagnoli, p[:n])
 	return n, err
 }
 
@@ -184,11 +204,7 @@ func (t *tree) file(name, manifestName string, e repo.Entry, content io.Reader) 
 	if err := t.write(name, e, s); err != nil {
 		return err
 	}
-	if _, twice := t.sums[manifestName]; twice {
-		return errors.New("comes twice")
-	}
-	t.sums[manifestName] = s.sum
-	return nil
+	return t.arrived.add(arrival{manifestName, s.size, s.crc})
 }
 
 // maxLabelBytes is far above what a label of MAXPGPATH bytes makes.

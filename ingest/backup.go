@@ -1,7 +1,6 @@
 package ingest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -114,12 +113,13 @@ type backup struct {
 	w      *repo.BackupWriter
 	tree   *tree
 
-	manifestBytes []byte // backup_manifest
-	stop          position
-	wal           capturedWAL
-	done          int64 // bytes of archives
-	total         int64
-	told          time.Time // when Progress was called last
+	manifest     pg.BackupManifest
+	manifestFile *repo.FileWriter // closed when the backup's end is known
+	stop         position
+	wal          capturedWAL
+	done         int64 // bytes of archives
+	total        int64
+	told         time.Time // when Progress was called last
 }
 
 // run receives files and WAL side by side, and tells what the manifest needs.
@@ -142,7 +142,7 @@ func (b *backup) run(ctx context.Context) (m repo.Manifest, err error) {
 	if err := b.finishTree(base); err != nil {
 		return m, err
 	}
-	return b.manifest(base), nil
+	return b.describe(base), nil
 }
 
 // receive runs files and WAL side by side. The first that fails ends the other.
@@ -167,22 +167,19 @@ func (b *backup) receive(ctx context.Context, base *baseBackup, wal *capture) er
 	return g.Wait()
 }
 
-const (
-	maxManifestBytes  = 2 << 30 // some ten million files
-	manifestLineBytes = 200     // more than a file takes
-)
-
-func (b *backup) readManifest(r io.Reader) error {
-	var content bytes.Buffer
-	content.Grow(len(b.tree.sums)*manifestLineBytes + 1024) // without it, up to three times the memory
-	if _, err := content.ReadFrom(io.LimitReader(r, maxManifestBytes+1)); err != nil {
+// readManifest stores backup_manifest as it comes and compares the files that it lists with those that came. Nothing may
+// be in one and not in the other.
+func (b *backup) readManifest(r io.Reader) (err error) {
+	e := b.tree.owner
+	e.Mode, e.Size = 0o600, repo.UnknownSize
+	if b.manifestFile, err = b.w.Create(dataDir+"/backup_manifest", e, false); err != nil {
 		return err
 	}
-	if content.Len() > maxManifestBytes {
-		return fmt.Errorf("backup_manifest has over %d bytes", maxManifestBytes)
+	b.manifest, err = pg.ReadBackupManifest(io.TeeReader(r, b.manifestFile), b.tree.arrived.verify)
+	if err != nil {
+		return err
 	}
-	b.manifestBytes = content.Bytes()
-	return nil
+	return b.tree.arrived.verifyAll()
 }
 
 const progressInterval = 100 * time.Millisecond
@@ -195,24 +192,18 @@ func (b *backup) received(n int) {
 	}
 }
 
-// finishTree verifies what has come, and adds what the archives do not have: backup_manifest and the WAL.
+// finishTree verifies where the backup begins and ends, and adds what the archives do not have: backup_manifest and the WAL.
 func (b *backup) finishTree(base *baseBackup) error {
-	m, err := pg.ParseBackupManifest(b.manifestBytes)
-	if err != nil {
-		return err
-	}
-	if err := verifyFiles(m, b.tree.sums); err != nil {
-		return err
-	}
-	b.tree.sums = nil // room for writing the tree
-	if err := verifyManifest(m, b.server.systemID, base.start, b.stop); err != nil {
+	b.tree.arrived.files = nil // room for writing the tree
+	if err := verifyManifest(b.manifest, b.server.systemID, base.start, b.stop); err != nil {
 		return err
 	}
 	if err := verifyLabel(b.tree.label, base.start); err != nil {
 		return err
 	}
 	b.tree.owner.ModTime = b.wal.stoppedAt
-	if err := b.tree.add(dataDir+"/backup_manifest", b.manifestBytes); err != nil {
+	b.manifestFile.SetModTime(b.wal.stoppedAt)
+	if err := b.manifestFile.Close(); err != nil {
 		return err
 	}
 	return b.addWAL(base.start.timeline)
@@ -252,7 +243,8 @@ func (b *backup) addWALFile(name pg.WALName, size int64) error {
 	return b.tree.add(statusDir+"/"+name.String()+".done", nil)
 }
 
-func (b *backup) manifest(base *baseBackup) repo.Manifest {
+// describe tells what the repository's manifest says of the backup.
+func (b *backup) describe(base *baseBackup) repo.Manifest {
 	s := b.server
 	version, _, _ := strings.Cut(s.settings["server_version"], " ") // without the packager's words
 	m := repo.Manifest{

@@ -250,22 +250,40 @@ func TestHot(t *testing.T) {
 
 // What is not the manifest's fails the backup, one way or the other.
 func TestVerifyFiles(t *testing.T) {
-	sums := func() map[string]fileSum { return map[string]fileSum{"a": {5, 0x01020304}, "b": {0, 0}} }
+	verify := func(files []pg.ManifestFile, sent []arrival) error {
+		a := newArrivals()
+		for _, f := range sent {
+			if err := a.add(f); err != nil {
+				return err
+			}
+		}
+		for _, f := range files {
+			if err := a.verify(f); err != nil {
+				return err
+			}
+		}
+		return a.verifyAll()
+	}
+	sent := func() []arrival { return []arrival{{"a", 5, 0x01020304}, {"b", 0, 0}} }
 	files := func() []pg.ManifestFile {
 		return []pg.ManifestFile{{Path: "a", Size: 5, Algorithm: "CRC32C", Checksum: "04030201"}, {Path: "b", Algorithm: "CRC32C", Checksum: "00000000"}}
 	}
-	if err := verifyFiles(pg.BackupManifest{Files: files()}, sums()); err != nil {
+	if err := verify(files(), sent()); err != nil {
 		t.Error(err)
 	}
-	for name, change := range map[string]func(f []pg.ManifestFile, s map[string]fileSum) []pg.ManifestFile{
-		"checksum":      func(f []pg.ManifestFile, s map[string]fileSum) []pg.ManifestFile { s["a"] = fileSum{5, 1}; return f },
-		"size":          func(f []pg.ManifestFile, s map[string]fileSum) []pg.ManifestFile { f[0].Size++; return f },
-		"algorithm":     func(f []pg.ManifestFile, s map[string]fileSum) []pg.ManifestFile { f[0].Algorithm = "NONE"; return f },
-		"not received":  func(f []pg.ManifestFile, s map[string]fileSum) []pg.ManifestFile { delete(s, "b"); return f },
-		"not announced": func(f []pg.ManifestFile, s map[string]fileSum) []pg.ManifestFile { return f[:1] },
+	for name, change := range map[string]func(f *[]pg.ManifestFile, s *[]arrival){
+		"checksum":      func(f *[]pg.ManifestFile, s *[]arrival) { (*s)[0].crc++ },
+		"size":          func(f *[]pg.ManifestFile, s *[]arrival) { (*f)[0].Size++ },
+		"path":          func(f *[]pg.ManifestFile, s *[]arrival) { (*f)[0].Path = "c" },
+		"algorithm":     func(f *[]pg.ManifestFile, s *[]arrival) { (*f)[0].Algorithm = "NONE" },
+		"not received":  func(f *[]pg.ManifestFile, s *[]arrival) { *s = (*s)[:1] },
+		"sent twice":    func(f *[]pg.ManifestFile, s *[]arrival) { *s = append(*s, (*s)[0]) },
+		"not announced": func(f *[]pg.ManifestFile, s *[]arrival) { *f = (*f)[:1] },
+		"listed twice":  func(f *[]pg.ManifestFile, s *[]arrival) { *f = append(*f, (*f)[1]) },
 	} {
-		s := sums()
-		if err := verifyFiles(pg.BackupManifest{Files: change(files(), s)}, s); err == nil {
+		f, s := files(), sent()
+		change(&f, &s)
+		if err := verify(f, s); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}

@@ -51,6 +51,16 @@ func TestTour(t *testing.T) {
 // typeIn runs a script, stopping at the first command that fails.
 func typeIn(t *testing.T, c *cluster, home, script string) string {
 	t.Helper()
+	out, code := typed(t, c, home, script)
+	if code != 0 {
+		t.Fatalf("the script ended with exit code %d:\n%s", code, out)
+	}
+	return out
+}
+
+// typed runs a script as the server's user, whose server is the one that libpq's variables lead to.
+func typed(t *testing.T, c *cluster, home, script string, env ...string) (out string, code int) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-e", "-c", script)
@@ -59,11 +69,11 @@ func typeIn(t *testing.T, c *cluster, home, script string) string {
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = pipeLimit
 	cmd.Dir = home
-	cmd.Env = environment("HOME="+home, "PATH="+filepath.Join(scratch, "bin")+":"+c.bin+":"+os.Getenv("PATH"),
-		"PGHOST="+c.dir, "PGPORT="+strconv.Itoa(c.port), "PGUSER=postgres", "PGDATABASE=postgres")
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("the tour ended with %v:\n%s", err, out)
+	cmd.Env = environment(append(env, "HOME="+home, "PATH="+filepath.Join(scratch, "bin")+":"+c.bin+":"+os.Getenv("PATH"),
+		"PGHOST="+c.dir, "PGPORT="+strconv.Itoa(c.port), "PGUSER=postgres", "PGDATABASE=postgres")...)
+	text, err := cmd.CombinedOutput()
+	if cmd.ProcessState == nil || err != nil && cmd.ProcessState.Success() {
+		t.Fatalf("run %s: %v\n%s", script, err, text)
 	}
-	return string(out)
+	return string(text), exitCode(cmd.ProcessState)
 }

@@ -81,6 +81,9 @@ func Serve(ctx context.Context, dir string, open func(ctx context.Context, repoU
 	if d.record.Target != dir {
 		return fmt.Errorf("%w: %s was thawed as %s", ErrNoOverlay, dir, d.record.Target)
 	}
+	if err := d.record.checkTrust(); err != nil {
+		return err
+	}
 	lock, err := bare.lock()
 	if err != nil {
 		return err

@@ -14,7 +14,8 @@
 // Invariants. Nothing is written before every check has passed. [FetchWAL] says "no such file" only where PostgreSQL may
 // take that for the end of WAL (xlogarchive.c). A directory that is not whole cannot start: a restore writes
 // global/pg_control last, a thaw keeps PG_VERSION under .pgthaw until no file has a hole. A copy never archives, streams
-// or waits for standbys as its original did: its settings come last in postgresql.auto.conf, where they win.
+// or waits for standbys as its original did: its settings come last in postgresql.auto.conf, where they win. What lies in a
+// thawed directory may be the server's user's own invention: root deletes it with that user's rights.
 //
 // Locks: daemon.unmounting, held while mounts are taken off; then daemon.mu, held over no I/O.
 package recovery

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -107,6 +106,9 @@ func Resume(ctx context.Context, dir string, spawn func(ctx context.Context, dir
 	if whole {
 		return finishBare(dir)
 	}
+	if err := r.checkTrust(); err != nil {
+		return err
+	}
 	return spawn(ctx, r.Target)
 }
 
@@ -155,6 +157,7 @@ func Finish(ctx context.Context, dir string, progress func(Progress)) error {
 	if err != nil {
 		return err
 	}
+	begun := time.Now()
 	_, err = ask(ctx, dir, commandFinish)
 	if errors.Is(err, ErrNoDaemon) {
 		return finishUnserved(ctx, dir)
@@ -174,6 +177,9 @@ func Finish(ctx context.Context, dir string, progress func(Progress)) error {
 		}
 		if s.State == stateHydrated && hydrated.IsZero() {
 			hydrated = time.Now()
+		}
+		if s.LastErrorAt != nil && s.LastErrorAt.Before(begun) { // it may be over: the disk that was full is not any more
+			s.LastError = ""
 		}
 		if err := finishFailed(dir, s, hydrated); err != nil {
 			return err
@@ -218,105 +224,4 @@ func finishUnserved(ctx context.Context, dir string) error {
 
 func lost(dir string) error {
 	return withHint(fmt.Errorf("%s: %w", dir, ErrLost), "Take it up again with `pgthaw overlay resume "+dir+"`.")
-}
-
-// Discard throws a thawed directory away: what is in it and its tablespaces, and the directories that Thaw made; also when
-// it has become whole by itself. It refuses what Finish made an ordinary directory, and one that PostgreSQL runs in.
-func Discard(ctx context.Context, dir string) error {
-	dir, err := canonical(dir)
-	if err != nil {
-		return err
-	}
-	if err := stopDaemon(ctx, dir); err != nil {
-		return err
-	}
-	r, _, err := takeUp(dir)
-	if errors.Is(err, ErrNoOverlay) {
-		r, err = markedRecord(dir)
-	}
-	if errors.Is(err, ErrNoOverlay) {
-		return withHint(err, "A directory that was finished is no overlay any more: remove it like any other.")
-	}
-	if err != nil {
-		return err
-	}
-	if pid := postmasterPID(filepath.Join(dir, "postmaster.pid")); pid != 0 {
-		return fmt.Errorf("discard %s: %w (PID %d)", dir, ErrServerRunning, pid)
-	}
-	return r.discard()
-}
-
-func markedRecord(dir string) (record, error) {
-	bare, err := openBare(dir)
-	if err != nil {
-		return record{}, err
-	}
-	defer bare.Close()
-	return bare.marked(dir)
-}
-
-// stopDaemon has the daemon, if there is one, unmount and end.
-func stopDaemon(ctx context.Context, dir string) error {
-	s, err := ask(ctx, dir, commandStatus)
-	if errors.Is(err, ErrNoDaemon) {
-		return nil
-	}
-	if err == nil && s.ServerPID != 0 {
-		return withHint(fmt.Errorf("discard %s: %w (PID %d)", dir, ErrServerRunning, s.ServerPID), "Stop it first.")
-	}
-	if err == nil {
-		_, err = ask(ctx, dir, commandStop)
-	}
-	if errors.Is(err, syscall.EBUSY) {
-		return withHint(fmt.Errorf("discard %s: it is in use: %w", dir, err),
-			"Something has a file open there or its working directory; see fuser -vm.")
-	}
-	if err != nil && !errors.Is(err, ErrNoDaemon) { // which it may be by now: all was whole
-		return err
-	}
-	return awaitEnd(ctx, dir)
-}
-
-// awaitEnd waits until the daemon has let go of the overlay.
-func awaitEnd(ctx context.Context, dir string) error {
-	for pause := newPause(); ; {
-		bare, err := openBare(dir)
-		if err != nil {
-			return err
-		}
-		lock, err := bare.lock()
-		if err == nil {
-			err = lock.Close()
-		}
-		bare.Close()
-		if !errors.Is(err, syscall.EWOULDBLOCK) {
-			return err
-		}
-		if err := pause.sleep(ctx); err != nil {
-			return err
-		}
-	}
-}
-
-// discard deletes the roots' contents. The record goes last, so that what was interrupted can be done again.
-func (r record) discard() error {
-	var errs []error
-	for _, tablespace := range r.Roots[1:] {
-		errs = append(errs, emptyRoot(tablespace))
-	}
-	pgdata := r.Roots[0]
-	entries, err := os.ReadDir(pgdata.Dir)
-	errs = append(errs, err)
-	for _, e := range entries {
-		if e.Name() != privateDir {
-			errs = append(errs, os.RemoveAll(filepath.Join(pgdata.Dir, e.Name())))
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("discard %s: %w", pgdata.Dir, err)
-	}
-	if err := os.Remove(startupLog(pgdata.Dir)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return emptyRoot(pgdata)
 }

@@ -36,6 +36,8 @@ type record struct {
 	Backup     string `json:"backup"`
 	Hydrate    string `json:"hydrate"`
 	Roots      []root `json:"roots"` // the data directory first
+
+	by int // the user who owns the file
 }
 
 const recordVersion = 1
@@ -49,23 +51,43 @@ func openBare(dir string) (bareDir, error) {
 	return bareDir{root}, err
 }
 
-func (b bareDir) record() (record, error) {
-	text, err := b.ReadFile(recordName)
+func (b bareDir) record() (r record, err error) {
+	f, err := b.Open(recordName)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return record{}, fmt.Errorf("%s: %w", b.Name(), ErrNoOverlay)
 	}
 	if err != nil {
 		return record{}, err
 	}
-	var r record
-	if err := json.Unmarshal(text, &r); err != nil {
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return record{}, err
+	}
+	r.by = int(info.Sys().(*syscall.Stat_t).Uid)
+	if err := json.NewDecoder(f).Decode(&r); err != nil {
 		return r, fmt.Errorf("read %s: %w", recordName, err)
 	}
-	if r.Version != recordVersion || len(r.Roots) == 0 {
+	if r.Version != recordVersion {
 		return r, fmt.Errorf("%s has version %d; this pgthaw reads version %d", recordName, r.Version, recordVersion)
+	}
+	if !r.valid() {
+		return r, fmt.Errorf("%s of %s: %w: its directories do not begin with the data directory", recordName, b.Name(), ErrNoOverlay)
 	}
 	return r, nil
 }
+
+// checkTrust refuses to serve as root what another user says: it would read any repository for that user, and mount over
+// any directory.
+func (r record) checkTrust() error {
+	if os.Geteuid() != 0 || r.by == 0 {
+		return nil
+	}
+	return withHint(fmt.Errorf("%w: %s was thawed by another user (%d %s)", ErrTargetDir, r.Target, r.by, lookupOwner(r.by, 0).name),
+		"Run this as that user.")
+}
+
+func (r record) valid() bool { return len(r.Roots) > 0 && r.Roots[0].Dir == r.Target }
 
 // writeRecord makes the private directory with the record in it; Lay syncs them.
 func writeRecord(dir string, r record) error {
@@ -126,7 +148,7 @@ func (b bareDir) marked(dir string) (r record, err error) {
 	if err == nil {
 		err = json.Unmarshal(text, &r)
 	}
-	if err != nil || r.Target != dir || len(r.Roots) == 0 {
+	if err != nil || r.Target != dir || !r.valid() {
 		return r, fmt.Errorf("%s: %w", dir, ErrNoOverlay)
 	}
 	return r, nil

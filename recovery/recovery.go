@@ -110,9 +110,12 @@ func prepare(ctx context.Context, r *repo.Repository, o Options) (*job, error) {
 	if j.owner, err = serverOwner(ctx, j.dir(), j.backup); err != nil {
 		return nil, err
 	}
-	files, err := readConfFiles(ctx, j.backup)
+	files, err := readConfFiles(ctx, j.backup, j.owner)
 	if err != nil {
 		return nil, fmt.Errorf("read configuration files of the backup: %w", err)
+	}
+	if lost := files.lostTLS; lost.name != "" {
+		j.Log.Warn("ssl is off in the copy: its user cannot read here what the setting names", "setting", lost.name, "value", lost.value, "user", j.owner.name)
 	}
 	if o.Start {
 		if j.start, err = planStart(ctx, o, m, files, j.owner); err != nil {

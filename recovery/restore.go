@@ -54,12 +54,12 @@ func Restore(ctx context.Context, r *repo.Repository, o Options) (Result, error)
 	return res, err
 }
 
-// copier is what has to be written.
+// copier is what has to be written. Files, of which there may be millions, are not kept: the backup is walked through
+// once to know how much they are, and once more to write them.
 type copier struct {
 	job     *job
 	dirs    []placed // parents first
 	links   []placed
-	files   []*restoredFile
 	control *restoredFile
 	need    []int64 // bytes, by root
 	total   int64
@@ -76,15 +76,15 @@ type placed struct {
 // collect walks through the backup; nothing is written.
 func (j *job) collect(ctx context.Context) (*copier, error) {
 	c := &copier{job: j, need: make([]int64, len(j.roots))}
-	for i, r := range j.roots {
-		err := j.backup.Walk(ctx, r.Path, func(path string, e repo.Entry) error {
-			c.add(i, r, path, e)
-			return nil
-		})
-		if err != nil {
-			return nil, fmt.Errorf("list files of backup %s: %w", j.route.Manifest.ID, err)
-		}
-		c.total += c.need[i]
+	err := j.walk(ctx, func(root int, name string, p placed) error {
+		c.add(root, name, p)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range c.need {
+		c.total += n
 	}
 	if c.control == nil {
 		return nil, fmt.Errorf("%w: backup %s has no %s", repo.ErrCorrupt, j.route.Manifest.ID, controlPath)
@@ -92,26 +92,41 @@ func (j *job) collect(ctx context.Context) (*copier, error) {
 	return c, nil
 }
 
-func (c *copier) add(i int, r root, path string, e repo.Entry) {
-	name := strings.TrimPrefix(strings.TrimPrefix(path, r.Path), "/")
-	p := placed{e, path, filepath.Join(r.Dir, name)}
+// walk calls fn for all that is in the backup; name is relative to the root.
+func (j *job) walk(ctx context.Context, fn func(root int, name string, p placed) error) error {
+	for i, r := range j.roots {
+		err := j.backup.Walk(ctx, r.Path, func(path string, e repo.Entry) error {
+			name := strings.TrimPrefix(strings.TrimPrefix(path, r.Path), "/")
+			return fn(i, name, placed{e, path, filepath.Join(r.Dir, name)})
+		})
+		if err != nil {
+			return fmt.Errorf("list files of backup %s: %w", j.route.Manifest.ID, err)
+		}
+	}
+	return nil
+}
+
+func (c *copier) add(root int, name string, p placed) {
 	switch {
-	case e.IsDir():
+	case p.entry.IsDir():
 		if name != "" {
 			c.dirs = append(c.dirs, p)
 		}
-	case e.Mode.Type() == fs.ModeSymlink:
+	case p.entry.Mode.Type() == fs.ModeSymlink:
 		c.links = append(c.links, p)
-	case i == 0 && name == controlPath:
+	case isControl(root, name):
 		c.control = &restoredFile{placed: p}
-		c.need[i] += e.Size
-	default:
-		if i == 0 && c.job.conf.replaces(name) {
-			return
-		}
-		c.files = append(c.files, &restoredFile{placed: p})
-		c.need[i] += e.Size
+		c.need[root] += p.entry.Size
+	case c.isFile(root, name, p.entry):
+		c.need[root] += p.entry.Size
 	}
+}
+
+func isControl(root int, name string) bool { return root == 0 && name == controlPath }
+
+// isFile tells what writeFiles has to write.
+func (c *copier) isFile(root int, name string, e repo.Entry) bool {
+	return e.Mode.IsRegular() && !isControl(root, name) && (root != 0 || !c.job.conf.replaces(name))
 }
 
 func (j *job) writeAll(ctx context.Context, c *copier) error {
@@ -158,25 +173,31 @@ func (c *copier) makeDirs() error {
 
 // writeFiles writes all files but pg_control.
 func (c *copier) writeFiles(ctx context.Context) error {
-	parts := c.parts()
-	var next atomic.Int64
+	parts := make(chan part, 64)
 	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		defer close(parts)
+		return c.sendParts(ctx, parts)
+	})
 	for range c.job.workers() {
-		g.Go(func() error {
-			buf, err := newBuffer()
-			if err != nil {
-				return err
-			}
-			defer unix.Munmap(buf)
-			for i := next.Add(1) - 1; i < int64(len(parts)); i = next.Add(1) - 1 {
-				if err := c.write(ctx, parts[i], buf); err != nil {
-					return fmt.Errorf("restore %s: %w", parts[i].file.to, err)
-				}
-			}
-			return nil
-		})
+		g.Go(func() error { return c.writeParts(ctx, parts) })
 	}
 	return g.Wait()
+}
+
+// writeParts is the body of one worker.
+func (c *copier) writeParts(ctx context.Context, parts <-chan part) error {
+	buf, err := newBuffer()
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(buf)
+	for p := range parts {
+		if err := c.write(ctx, p, buf); err != nil {
+			return fmt.Errorf("restore %s: %w", p.file.to, err)
+		}
+	}
+	return nil
 }
 
 // workers are two more than there are processors, for some wait for the disk. Each takes 8 MiB.
@@ -187,18 +208,25 @@ func (o Options) workers() int {
 	return min(runtime.NumCPU(), 16) + 2
 }
 
-// parts splits the files into ranges, in the order of the tree, which is that of the packs of a full backup.
-func (c *copier) parts() []part {
-	var parts []part
-	for _, f := range c.files {
-		n := max(1, (f.entry.Size+rangeSize-1)/rangeSize)
+// sendParts splits the files into ranges, in the order of the tree.
+func (c *copier) sendParts(ctx context.Context, parts chan<- part) error {
+	return c.job.walk(ctx, func(root int, name string, p placed) error {
+		if !c.isFile(root, name, p.entry) {
+			return nil
+		}
+		f := &restoredFile{placed: p}
+		n := max(1, (p.entry.Size+rangeSize-1)/rangeSize)
 		f.left.Store(int32(n))
 		for i := range n {
 			off := i * rangeSize
-			parts = append(parts, part{f, off, min(rangeSize, f.entry.Size-off)})
+			select {
+			case parts <- part{f, off, min(rangeSize, p.entry.Size-off)}:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
 		}
-	}
-	return parts
+		return nil
+	})
 }
 
 // seal makes all of it durable, and then complete: pg_control comes last.

@@ -282,34 +282,6 @@ func rootMode(e repo.Entry) fs.FileMode {
 	return 0o700
 }
 
-// emptyRoots takes back what was put into the roots, and removes those that were made. It follows no link, and stays
-// on one file system.
-func emptyRoots(roots []root) error {
-	var errs []error
-	for _, r := range slices.Backward(roots) {
-		errs = append(errs, emptyRoot(r))
-	}
-	return errors.Join(errs...)
-}
-
-func emptyRoot(r root) error {
-	entries, err := os.ReadDir(r.Dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, e := range entries {
-		errs = append(errs, os.RemoveAll(filepath.Join(r.Dir, e.Name())))
-	}
-	if r.Made && errors.Join(errs...) == nil {
-		errs = append(errs, os.Remove(r.Dir))
-	}
-	return errors.Join(errs...)
-}
-
 // relink is where a symbolic link of the data directory leads in the copy: those of tablespaces to their new places.
 func relink(roots []root, path, target string) string {
 	oid, ok := strings.CutPrefix(path, "pgdata/pg_tblspc/")

@@ -53,6 +53,9 @@ func planStart(ctx context.Context, o Options, m *repo.Manifest, files confFiles
 	if s.postgres, err = findPostgres(ctx, m.PGVersionNum/10000, o.BinDir); err != nil {
 		return nil, err
 	}
+	if err := s.checkLibraries(files, m); err != nil {
+		return nil, err
+	}
 	for _, dir := range socketDirs {
 		if s.writable(dir) {
 			s.sockets = append(s.sockets, dir)

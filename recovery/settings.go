@@ -34,9 +34,11 @@ type confFiles struct {
 	main, auto, hba, ident []byte
 	standby                []byte          // standbySignal
 	includes               map[string]bool // paths in the data directory that postgresql.conf may include
+	lostTLS                setting         // names a file without which the copy could not start; zero if there is none
 }
 
-func readConfFiles(ctx context.Context, b *repo.Backup) (c confFiles, err error) {
+// readConfFiles is for a copy whose server runs as o.
+func readConfFiles(ctx context.Context, b *repo.Backup, o owner) (c confFiles, err error) {
 	for name, to := range map[string]*[]byte{confFile: &c.main, autoConf: &c.auto, hbaFile: &c.hba, identFile: &c.ident, standbySignal: &c.standby} {
 		if *to, err = readSmall(ctx, b, path.Join("pgdata", name)); err != nil {
 			return c, err
@@ -49,7 +51,8 @@ func readConfFiles(ctx context.Context, b *repo.Backup) (c confFiles, err error)
 			c.includes[path.Clean(value)] = err == nil
 		}
 	}
-	return c, nil
+	c.lostTLS, err = c.lostTLSFile(ctx, b, o)
+	return c, err
 }
 
 // readSmall returns the content of a file of the backup, nil if there is none.
@@ -111,7 +114,7 @@ func newConfiguration(o Options, route Route, c confFiles, start *startPlan) con
 		settings = append(settings, start.settings()...)
 	}
 	files := configuration{
-		autoConf:       withBlock(c.auto, settings),
+		autoConf:       withBlock(withoutOutward(c.auto, func(string) bool { return true }), settings),
 		recoverySignal: {},
 	}
 	if c.standby != nil {
@@ -153,6 +156,9 @@ func inertSettings(version int, c confFiles) []setting {
 	}
 	if dir, ok := c.value("log_directory"); ok && filepath.IsAbs(dir) {
 		s = append(s, setting{"log_directory", "log"})
+	}
+	if c.lostTLS.name != "" {
+		s = append(s, setting{"ssl", "off"})
 	}
 	if libraries, _ := c.value("shared_preload_libraries"); strings.Contains(libraries, "pg_cron") {
 		s = append(s, setting{"cron.launch_active_jobs", "off"})

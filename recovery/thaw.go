@@ -116,7 +116,7 @@ func (j *job) unlay() error {
 			return fmt.Errorf("remove %s: %w", r.Dir, err)
 		}
 	}
-	return emptyRoots(j.roots)
+	return removeRoots(j.roots, j.owner)
 }
 
 // releaseHydration lets the daemon fill the directory, now that recovery has ended without its competition for the disk. It

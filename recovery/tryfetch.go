@@ -30,7 +30,7 @@ func (j *job) tryRestoreCommand(ctx context.Context) error {
 	}
 	return withHint(
 		fmt.Errorf("%w: as user %s, restore_command fails: %w\n%s", ErrServer, j.owner.name, err, strings.TrimSpace(string(out))),
-		fmt.Sprintf("Give that user access to the repository (chown -R %s) and to the pgthaw program, or run this command as that user.", j.owner.name))
+		fmt.Sprintf("Give that user access to the repository (chown -R %s), to its key if it has one, and to the pgthaw program, or run this command as that user.", j.owner.name))
 }
 
 func exited(err error, code int) bool {

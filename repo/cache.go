@@ -59,7 +59,8 @@ func (c *cache[K, V]) claim(key K) (it *cached[K, V], mine bool) {
 	return it, true
 }
 
-// settle accounts for an item that was loaded and drops the least recently used ones over the limit.
+// settle accounts for an item that was loaded and drops the least recently used ones over the limit. An item that is over
+// the limit by itself counts less, or it would drive out all others and they it: one such is kept.
 func (c *cache[K, V]) settle(it *cached[K, V], cost int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -67,8 +68,8 @@ func (c *cache[K, V]) settle(it *cached[K, V], cost int64) {
 		c.drop(c.items[it.key])
 		return
 	}
-	it.cost = cost
-	c.cost += cost
+	it.cost = min(cost, max(1, c.max/4*3))
+	c.cost += it.cost
 	for e := c.order.Back(); e != nil && c.cost > c.max; {
 		prev := e.Prev()
 		if old := e.Value.(*cached[K, V]); old.cost > 0 && old != it {

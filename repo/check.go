@@ -128,7 +128,7 @@ type checkedCluster struct {
 // run goes through the phases. Manifests come first: what they need was there before them, so what is listed later and lacks
 // something they need is damaged, whatever is written meanwhile.
 func (c *checker) run(ctx context.Context) error {
-	phases := []func(context.Context) error{c.checkBackups, c.checkWAL, c.checkPacks}
+	phases := []func(context.Context) error{c.checkKeySlots, c.checkBackups, c.checkWAL, c.checkPacks}
 	if c.o.Maps {
 		phases = append(phases, c.checkMaps, c.checkWALObjects)
 	}
@@ -168,6 +168,16 @@ func (c *checker) progress(phase string, done, total int64) {
 	if c.o.Progress != nil {
 		c.o.Progress(phase, done, total)
 	}
+}
+
+// checkKeySlots reads those of an encrypted repository. One that is damaged is somebody's only way in.
+func (c *checker) checkKeySlots(ctx context.Context) error {
+	_, err := c.r.KeySlots(ctx)
+	var bad *CorruptError
+	if errors.As(err, &bad) {
+		c.report(Finding{Object: bad.Object, Err: err, Cost: "Whoever holds this key cannot open the repository with it."})
+	}
+	return unanswered(ctx, err)
 }
 
 // checkBackups reads every manifest and pack list.

@@ -243,7 +243,7 @@ func TestCheckSaysWhatDamageCosts(t *testing.T) {
 		{"manifest missing", gone(manifestKey("main", sound.a.ID)), all("backups/main/A.json A:0")},
 		{"manifest damaged", flipped(manifestKey("main", sound.a.ID), 100), all("backups/main/A.json A:0")},
 		{"pack list missing", gone(packListKey("main", sound.b.ID)), all("backups/main/B.packs B:0")},
-		{"pack list damaged", flipped(packListKey("main", sound.b.ID), 20), all("backups/main/B.packs B:0")},
+		{"pack list damaged", flipped(packListKey("main", sound.b.ID), objectHeaderSize+5), all("backups/main/B.packs B:0")},
 		{"cluster document missing", gone(clusterKey("main")), all("clusters/main A:0 B:0")},
 		{"cluster document damaged", flipped(clusterKey("main"), 40), all("clusters/main A:0 B:0")},
 		{"segment between", gone(seg(6)), all(seg(6) + " 0/600000 to 0/900100 of A")},
@@ -480,7 +480,7 @@ func TestCheckPackListIncomplete(t *testing.T) {
 		t.Fatal(err)
 	}
 	ref := k.chunk(t, k.b, "pgdata/base/5/2", 1)
-	object, id := r.encodePackList(slices.DeleteFunc(uses, func(u packUse) bool { return u.pack == ref.Pack }))
+	object, id := r.encodePackList(packListKey("main", k.b.ID), slices.DeleteFunc(uses, func(u packUse) bool { return u.pack == ref.Pack }))
 	k.b.Packs = PackListRef{Count: len(uses) - 1, ID: id}
 	body, err := marshalDocument(k.b)
 	if err != nil {

@@ -150,10 +150,11 @@ func (c *checker) checkPackHeader(ctx context.Context, p *checkedPack) error {
 	if err != nil {
 		return err
 	}
-	if err := checkObjectHeader(p.id.key(), b, kindPack); err != nil {
+	salt, err := c.r.seals.checkHeader(p.id.key(), b, kindPack)
+	if err != nil {
 		return err
 	}
-	if !slices.Contains([]byte{classData, classHot, classMeta}, b[8]) || [7]byte(b[9:16]) != [7]byte{} || PackID(b[16:32]) != p.id {
+	if !slices.Contains([]byte{classData, classHot, classMeta}, b[8]) || [7]byte(b[9:16]) != [7]byte{} || PackID(salt) != p.id {
 		return corrupt(p.id.key(), "its header is another pack's, or none")
 	}
 	return nil

@@ -16,7 +16,7 @@ import (
 	"pgthaw/repo/pg"
 )
 
-var damages = flag.Int("damages", 2000, "damages to do to a repository")
+var damages = flag.Int("damages", 1000, "damages to do to a repository, to one of either seal")
 
 // smallFiles make a repository with every kind of object and content in it, small enough to be read thousands of times.
 func smallFiles() testFiles {
@@ -32,8 +32,10 @@ func smallFiles() testFiles {
 
 // TestDamage flips bytes of, cuts off and deletes every kind of object: each read then gives the right bytes or an
 // error that names the object. Never other bytes, never a panic.
-func TestDamage(t *testing.T) {
-	r := newTestRepository(t)
+func TestDamage(t *testing.T) { bothSeals(t, testDamage) }
+
+func testDamage(t *testing.T, keys ...Key) {
+	r := newTestRepository(t, keys...)
 	files := smallFiles()
 	first := writeTestBackup(t, r, files, nil)
 	changed := bytes.Clone(files["pgdata/base/5/2"])
@@ -46,15 +48,15 @@ func TestDamage(t *testing.T) {
 	}
 
 	root := strings.TrimPrefix(r.URL(), "file://")
-	keys := storedKeys(t, r)
+	objects := storedKeys(t, r)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	noticed := 0
 	for i := range *damages {
-		key := keys[i%len(keys)]
+		key := objects[i%len(objects)]
 		undo, what := damage(t, filepath.Join(root, key), rng)
-		err := readEverything(t.Context(), r.URL(), id, files, history)
+		err := readEverything(t.Context(), r.URL(), keys, id, files, history)
 		undo()
 		switch {
 		case errors.Is(err, errWrongBytes):
@@ -76,6 +78,8 @@ func nameOf(key string) string {
 	switch base := filepath.Base(key); {
 	case key == configKey:
 		return ""
+	case strings.HasPrefix(key, keySlotsPrefix):
+		return "key" // one that is gone has no name any more
 	case strings.HasSuffix(base, manifestSuffix):
 		return strings.TrimSuffix(base, manifestSuffix)
 	case strings.HasSuffix(base, packListSuffix):
@@ -88,8 +92,8 @@ func nameOf(key string) string {
 var errWrongBytes = errors.New("wrong bytes")
 
 // readEverything opens the repository afresh and reads one backup and the history file.
-func readEverything(ctx context.Context, url, id string, files testFiles, history []byte) error {
-	r, err := Open(ctx, url, Options{})
+func readEverything(ctx context.Context, url string, keys []Key, id string, files testFiles, history []byte) error {
+	r, err := Open(ctx, url, Options{Keys: keys})
 	if err != nil {
 		return err
 	}

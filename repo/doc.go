@@ -7,21 +7,25 @@
 //	Backup, File  a backup open for reading: a tree of Entries, files as io.ReaderAt; OpenBackup
 //	BackupWriter  the writing side, inside WriteBackup, which publishes all or nothing
 //	WALHead       a WAL file without its bytes; PutWAL, WAL, WALNames
+//	Key, KeySlot  what opens an encrypted repository, and what makes it open; Options.Keys, KeySlots
 //
 // What always holds:
 //
 //   - An object, once put, never changes. A backup exists when its manifest does, and all that it needs was durable before.
+//   - In an encrypted repository nothing but store keys, key slots and the configuration leaves this room unsealed, and no nonce is
+//     used twice under one key: an object's salt is drawn where its encoding begins (seal.go).
 //   - No byte leaves this room before the digest that names it was compared. What cannot be verified is a *CorruptError.
 //   - Opening a backup costs one manifest, a file one map, a page one range of one pack, however large the cluster is.
-//   - Memory is bounded by the caches' sizes, the packs in hand and the entries of a directory tree; it does not grow with
-//     the bytes of a cluster.
+//   - Memory is bounded by the caches' sizes, the packs in hand and the listing of the largest directory, encoded; it does
+//     not grow with the bytes of a cluster.
 //
 // On its way in, a file passes through three files of this package: writer.go takes its bytes and cuts them into windows of
 // 16 pages; filejob.go has workers digest them, compare them with prior.go's view of the backup before, and place
-// them; pack.go compresses chunks and fills packs, which are put beside. On its way out it passes through tree.go, filemap.go
-// and reader.go.
+// them; pack.go compresses chunks, seals them and fills packs, which are put beside. listing.go gathers the entries of its
+// directory. On its way out it passes through tree.go, filemap.go and reader.go.
 //
-// Locks, in the order in which they may be taken: fileJob.mu, packer.mu, packWriters.mu; chunkIndex.mu, liveBytes.mu and
-// cache.mu are leaves. fileJob.mu is held while a chunk of loose pages is compressed, packer.mu while a full pack waits
-// for an upload to begin: that is what bounds memory. No other lock is held over I/O.
+// Locks, in the order in which they may be taken: fileJob.mu, packer.mu, packWriters.mu; directory.mu, chunkIndex.mu,
+// liveBytes.mu and cache.mu are leaves. fileJob.mu is held while a chunk of loose pages, or the listing that the file
+// completes, is compressed, packer.mu while a full pack waits for an upload to begin: that is what bounds memory. No other
+// lock is held over I/O.
 package repo

@@ -16,6 +16,12 @@ var (
 	ErrNoWAL            = errors.New("no such WAL file in the repository")
 	ErrWALConflict      = errors.New("another WAL file of the same name is in the repository")
 	ErrCorrupt          = errors.New("repository damaged")
+	ErrNoKey            = errors.New("the repository is encrypted, and no key is given")
+	ErrWrongKey         = errors.New("wrong key")
+	ErrPlain            = errors.New("the repository is not encrypted, and never will be")
+	ErrNoKeySlot        = errors.New("no such key in the repository")
+	ErrLastKey          = errors.New("the last key of the repository cannot be removed: nobody could open it any more")
+	ErrNotEncrypted     = errors.New("a key is given, but the repository says that it is not encrypted")
 )
 
 // CorruptError says which object cannot be believed. Its errors.Is is ErrCorrupt.

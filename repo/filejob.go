@@ -16,14 +16,15 @@ type window struct {
 //
 // Its lock is held while a chunk of loose pages is compressed: those of one file come in order and are few.
 type fileJob struct {
-	w     *BackupWriter
-	node  *node
-	prior *priorFile // nil: the prior backup has no such file
-	hot   bool
-	sent  int // windows handed out; the writer's alone
-	total int // windows of the whole file
+	w      *BackupWriter
+	parent *directory
+	prior  *priorFile // nil: the prior backup has no such file
+	hot    bool
+	sent   int // windows handed out; the writer's alone
 
 	mu       sync.Mutex
+	entry    Entry         // of the file; set with total
+	total    int           // windows of the whole file; 0: not known yet
 	next     int           // window to be taken up next
 	waiting  map[int][]run // windows done before their turn
 	runs     []run         // of the windows taken up
@@ -38,13 +39,12 @@ type run struct {
 	loose   []byte // pages to be put with other changed ones; ref is found out then
 }
 
-func (w *BackupWriter) newFileJob(n *node, name string, hot bool) (*fileJob, error) {
+func (w *BackupWriter) newFileJob(parent *directory, name string, hot bool) (*fileJob, error) {
 	prior, err := w.prior.file(w.ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	total := int((n.entry.Size + ChunkSize - 1) / ChunkSize)
-	return &fileJob{w: w, node: n, prior: prior, hot: hot, total: total, waiting: map[int][]run{}}, nil
+	return &fileJob{w: w, parent: parent, prior: prior, hot: hot, waiting: map[int][]run{}}, nil
 }
 
 // work is the body of one worker.
@@ -192,6 +192,18 @@ func (j *fileJob) deliver(no int, runs []run) error {
 	}
 }
 
+// end says what the file is, and how many windows it has, of which all but the last were handed out. It finishes the
+// file if the workers are done with it.
+func (j *fileJob) end(e Entry, total int) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.entry, j.total = e, total
+	if j.next == j.total {
+		return j.finish()
+	}
+	return nil
+}
+
 // take adds a run to the file. Caller holds mu.
 func (j *fileJob) take(r run) error {
 	if r.loose == nil {
@@ -230,7 +242,7 @@ func (j *fileJob) flushLoose() error {
 	return nil
 }
 
-// finish makes the file's map and puts it where it belongs. Caller holds mu.
+// finish makes the file's map and enters the file into its directory. Caller holds mu.
 func (j *fileJob) finish() error {
 	if err := j.flushLoose(); err != nil {
 		return err
@@ -239,16 +251,19 @@ func (j *fileJob) finish() error {
 	j.w.live.add(m.chunks...)
 	encoded := m.appendTo(nil)
 	if len(encoded) <= maxInlineMap {
-		j.node.entry.content = content{kind: contentInlineMap, bytes: encoded}
-		return nil
+		j.entry.content = content{kind: contentInlineMap, bytes: encoded}
+		return j.parent.finish(j.entry)
 	}
 	ref, err := j.w.writePiece(pieceMap, encoded, j.prior.mapRef())
-	j.node.entry.content = content{kind: contentMap, ref: ref}
-	return err
+	if err != nil {
+		return err
+	}
+	j.entry.content = content{kind: contentMap, ref: ref}
+	return j.parent.finish(j.entry)
 }
 
 func (j *fileJob) fileMap() *fileMap {
-	m := &fileMap{size: j.node.entry.Size}
+	m := &fileMap{size: j.entry.Size}
 	index := map[Ref]int32{}
 	for _, r := range j.runs {
 		e := extent{chunk: zeros, page: r.page, n: r.n}

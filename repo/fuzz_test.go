@@ -30,6 +30,16 @@ func FuzzFileMap(f *testing.F) {
 	})
 }
 
+func encodeTree(entries []Entry) ([]byte, error) {
+	var l listing
+	for _, e := range entries {
+		if err := l.add(&e); err != nil {
+			return nil, err
+		}
+	}
+	return l.encode()
+}
+
 func FuzzTree(f *testing.F) {
 	b, err := encodeTree([]Entry{
 		{Name: "PG_VERSION", Mode: 0o600, Size: 3, ModTime: time.Unix(5, 0), content: content{kind: contentInline, bytes: []byte("15\n")}},
@@ -53,7 +63,24 @@ func FuzzTree(f *testing.F) {
 		if err != nil || !reflect.DeepEqual(list, again) {
 			t.Errorf("%+v encodes to %+v, %v", list, again, err)
 		}
+		checkLookups(t, encoded, list)
 	})
+}
+
+func checkLookups(t *testing.T, encoded []byte, list []Entry) {
+	t.Helper()
+	stored, err := newStoredListing(encoded)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range list {
+		if e, ok := stored.find(want.Name); !ok || !reflect.DeepEqual(e, want) {
+			t.Errorf("found %+v, %v; want %+v", e, ok, want)
+		}
+		if e, ok := stored.find(want.Name + "\x01"); ok && e.Name != want.Name+"\x01" {
+			t.Errorf("found %+v for another name", e)
+		}
+	}
 }
 
 func FuzzTOC(f *testing.F) {
@@ -146,7 +173,7 @@ func FuzzWALHead(f *testing.F) {
 	f.Add(text)
 	f.Fuzz(func(t *testing.T, text []byte) {
 		id, _ := r.digests.sum(text, nil)
-		start := append(make([]byte, 16), id[:]...)
+		start := append(make([]byte, objectHeaderSize), id[:]...)
 		h, err := r.parseWALHead("x", "main", name, start, text)
 		if err == nil && len(h.offsets) != len(h.Blocks)+1 {
 			t.Errorf("%+v", h)

@@ -14,16 +14,44 @@ import (
 	"pgthaw/repo/pg"
 )
 
-var update = flag.Bool("update", false, "write testdata/v1 and the example in docs/format.md anew; only while version 1 is unreleased")
+var update = flag.Bool("update", false, "write testdata/v1, testdata/v1enc and the examples in docs/format.md anew; only while version 1 is unreleased")
 
-const goldenDir = "testdata/v1/repository"
+const (
+	goldenDir        = "testdata/v1/repository"
+	goldenEncrypted  = "testdata/v1enc/repository"
+	goldenKeyFile    = "testdata/v1enc/key"
+	goldenPassphrase = "only a test"
+)
 
-// TestGolden reads a repository that an earlier build wrote: every kind of object, every kind of content.
-func TestGolden(t *testing.T) {
-	if *update {
-		writeGolden(t)
+// goldenKey is the key of the encrypted golden repository, which opens with goldenPassphrase, too.
+func goldenKey(t *testing.T) []Key {
+	t.Helper()
+	file, err := os.ReadFile(goldenKeyFile)
+	if err != nil {
+		t.Fatal(err)
 	}
-	r, err := Open(t.Context(), goldenDir, Options{})
+	keys, err := ParseKeys(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keys
+}
+
+// TestGolden reads repositories that an earlier build wrote: every kind of object, every kind of content.
+func TestGolden(t *testing.T) {
+	p := passphraseKey(t, goldenPassphrase)
+	if *update {
+		writeGolden(t, goldenDir, nil)
+		writeGolden(t, goldenEncrypted, append(goldenKey(t), p))
+	}
+	t.Run("plain", func(t *testing.T) { checkGolden(t, goldenDir, nil) })
+	t.Run("encrypted", func(t *testing.T) { checkGolden(t, goldenEncrypted, goldenKey(t)) })
+	t.Run("passphrase", func(t *testing.T) { checkGolden(t, goldenEncrypted, []Key{p}) })
+}
+
+func checkGolden(t *testing.T, dir string, keys []Key) {
+	t.Helper()
+	r, err := Open(t.Context(), dir, Options{Keys: keys})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,7 +64,7 @@ func TestGolden(t *testing.T) {
 	first, second := goldenFiles()
 	checkFiles(t, r.OpenBackup(all[0]), first)
 	checkFiles(t, r.OpenBackup(all[1]), second)
-	got, err := r.WAL(t.Context(), "main", pg.WALName{Kind: pg.WALHistory, Timeline: 2})
+	got, err := r.WAL(t.Context(), "main", goldenWAL)
 	if err != nil || string(got) != goldenHistory {
 		t.Errorf("history file %q, %v", got, err)
 	}
@@ -54,12 +82,12 @@ func goldenFiles() (first, second testFiles) {
 	return first, second
 }
 
-func writeGolden(t *testing.T) {
+func writeGolden(t *testing.T, dir string, keys []Key) {
 	t.Helper()
-	if err := os.RemoveAll(goldenDir); err != nil {
+	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
-	r, err := Init(t.Context(), goldenDir, Options{})
+	r, err := Init(t.Context(), dir, Options{Keys: keys})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +98,7 @@ func writeGolden(t *testing.T) {
 	first, second := goldenFiles()
 	b := writeTestBackup(t, r, first, nil)
 	writeTestBackup(t, r, second, b)
-	if err := r.PutWAL(t.Context(), "main", pg.WALName{Kind: pg.WALHistory, Timeline: 2}, []byte(goldenHistory)); err != nil {
+	if err := r.PutWAL(t.Context(), "main", goldenWAL, []byte(goldenHistory)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -112,11 +140,37 @@ func workedExample(t *testing.T) string {
 	var s strings.Builder
 	fmt.Fprintf(&s, "The map of `pgdata/base/5/2`, 100 pages of which page 7 changed since the prior backup, as it lies in its piece:\n\n```\n%s```\n\n",
 		hex.Dump(goldenMap(t.Context(), t, r.OpenBackup(all[1]))))
-	wal, err := os.ReadFile(filepath.Join(goldenDir, walKey("main", pg.WALName{Kind: pg.WALHistory, Timeline: 2})))
+	fmt.Fprintf(&s, "The WAL object of a history file:\n\n```\n%s```\n\n", hex.Dump(goldenObject(t, goldenDir)))
+	s.WriteString(encryptedExample(t))
+	return s.String()
+}
+
+var goldenWAL = pg.WALName{Kind: pg.WALHistory, Timeline: 2}
+
+func goldenObject(t *testing.T, dir string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(dir, walKey("main", goldenWAL)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	fmt.Fprintf(&s, "The WAL object of a history file:\n\n```\n%s```\n", hex.Dump(wal))
+	return b
+}
+
+// encryptedExample prints the same history file in the encrypted repository, with all that it is encrypted with.
+func encryptedExample(t *testing.T) string {
+	t.Helper()
+	r, err := Open(t.Context(), goldenEncrypted, Options{Keys: goldenKey(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	object, key := goldenObject(t, goldenEncrypted), walKey("main", goldenWAL)
+	at := walHeaderSize
+	var s strings.Builder
+	fmt.Fprintf(&s, "The same in the encrypted repository, whose ID is %s and whose master key is\n%x, which the key in `%s` opens:\n\n```\n%s```\n\n",
+		r.ID(), *r.seals.master, "repo/"+goldenKeyFile, hex.Dump(object))
+	fmt.Fprintf(&s, "The object key is %x, the nonce of the head\n%x, the associated data are the 16 bytes of the repository's ID and the characters\n`W%s`.\n",
+		r.seals.master.derive(object[16:32], objectKeyInfo+"W"), nonce(int64(at)), key)
 	return s.String()
 }
 

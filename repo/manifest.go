@@ -155,7 +155,7 @@ func (r *Repository) resolveBackup(ctx context.Context, cluster, id string) (str
 	return ids[len(ids)-1], nil
 }
 
-// ManifestJSON returns a manifest's bytes as they lie in the repository, verified. id may be Latest.
+// ManifestJSON returns a manifest's document, verified. id may be Latest.
 func (r *Repository) ManifestJSON(ctx context.Context, cluster, id string) ([]byte, error) {
 	id, err := r.resolveBackup(ctx, cluster, id)
 	if err != nil {
@@ -182,6 +182,9 @@ func (r *Repository) fetchManifest(ctx context.Context, cluster, id string) ([]b
 	if err != nil {
 		return nil, nil, fmt.Errorf("read manifest of %s: %w", id, err)
 	}
+	if b, err = r.openDocument(key, b); err != nil {
+		return nil, nil, err
+	}
 	m := &Manifest{}
 	if err := unmarshalDocument(key, b, manifestKind, m); err != nil {
 		return nil, nil, err
@@ -202,7 +205,7 @@ type packUse struct {
 // encodePackList makes the object that lists the packs of a backup.
 //
 // Format: docs/format.md, "Pack list".
-func (r *Repository) encodePackList(uses []packUse) (object []byte, id ID) {
+func (r *Repository) encodePackList(key string, uses []packUse) (object []byte, id ID) {
 	b := binary.AppendUvarint(nil, uint64(len(uses)))
 	for _, u := range uses {
 		b = append(b, u.pack[:]...)
@@ -211,7 +214,9 @@ func (r *Repository) encodePackList(uses []packUse) (object []byte, id ID) {
 		b = binary.AppendUvarint(b, u.live)
 	}
 	id, _ = r.digests.sum(b, nil)
-	return r.codec.compress(appendObjectHeader(nil, kindPackList), b), id
+	salt := newSalt()
+	object = r.codec.compress(r.seals.header(kindPackList, [8]byte{}, salt), b)
+	return r.seals.object(kindPackList, key, salt).seal(object, objectHeaderSize), id
 }
 
 func (r *Repository) packList(ctx context.Context, m *Manifest) ([]packUse, error) {
@@ -223,10 +228,15 @@ func (r *Repository) packList(ctx context.Context, m *Manifest) ([]packUse, erro
 	if err != nil {
 		return nil, fmt.Errorf("read pack list of %s: %w", m.ID, err)
 	}
-	if err := checkObjectHeader(key, b, kindPackList); err != nil {
+	salt, err := r.seals.checkHeader(key, b, kindPackList)
+	if err != nil {
 		return nil, err
 	}
-	content, err := r.codec.decompress(b[objectHeaderSize:], maxPieceSize)
+	frame, err := r.seals.object(kindPackList, key, salt).open(b[objectHeaderSize:], objectHeaderSize)
+	if err != nil {
+		return nil, err
+	}
+	content, err := r.codec.decompress(frame, maxPieceSize)
 	if err != nil {
 		return nil, corrupt(key, "%v", err)
 	}

@@ -16,37 +16,34 @@ const (
 	kindPack     = 'P'
 	kindWAL      = 'W'
 	kindPackList = 'L'
+	kindDocument = 'D'
 )
 
-// Object header, 8 bytes, at the start of every binary object.
+// Object header, at the start of every binary object.
 //
-//	0  4  "pgth"
-//	4  1  kind
-//	5  1  format version
-//	6  1  seal: 0 plain, 1 AES-256-GCM
-//	7  1  0
+//	0   4   "pgth"
+//	4   1   kind
+//	5   1   format version
+//	6   1   seal: 0 plain, 1 AES-256-GCM
+//	7   1   0
+//	8   8   the kind's own
+//	16  16  salt
 const (
 	objectMagic      = "pgth"
-	objectHeaderSize = 8
-
-	sealPlain = 0
+	objectHeaderSize = 32
 )
 
-func appendObjectHeader(b []byte, kind byte) []byte {
-	return append(append(b, objectMagic...), kind, formatVersion, sealPlain, 0)
-}
-
-// checkObjectHeader refuses what is not an object of the kind that its key promises.
-func checkObjectHeader(key string, b []byte, kind byte) error {
+// checkHeader refuses what is not an object of the kind that its key promises, and returns its salt.
+func (s *seals) checkHeader(key string, b []byte, kind byte) (salt, error) {
 	switch {
 	case len(b) < objectHeaderSize || string(b[:4]) != objectMagic || b[4] != kind || b[7] != 0:
-		return corrupt(key, "it does not begin as an object of kind %q", kind)
+		return salt{}, corrupt(key, "it does not begin as an object of kind %q", kind)
 	case b[5] > formatVersion:
-		return &FormatError{Object: key, Version: int(b[5])}
-	case b[5] != formatVersion || b[6] != sealPlain:
-		return corrupt(key, "format version %d, seal %d", b[5], b[6])
+		return salt{}, &FormatError{Object: key, Version: int(b[5])}
+	case b[5] != formatVersion || b[6] != s.kind():
+		return salt{}, corrupt(key, "format version %d, seal %d instead of %d", b[5], b[6], s.kind())
 	}
-	return nil
+	return salt(b[16:objectHeaderSize]), nil
 }
 
 // A document is a JSON object whose first members are kind and version and whose last line is a checksum of all the

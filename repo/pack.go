@@ -2,7 +2,6 @@ package repo
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -58,15 +57,12 @@ const (
 
 // Layout of a pack.
 //
-//	0   8   object header, kind P
-//	8   1   class
-//	9   7   0
-//	16  16  pack ID
-//	32      pieces, back to back
-//	        table of contents, a zstd frame
+//	0   32  object header, kind P: class at 8, pack ID as salt
+//	32      pieces, back to back, each sealed
+//	        table of contents, a zstd frame, sealed
 //	end-32  trailer: 4 offset and 4 length of the table of contents, 16 its ID, 8 "pgthend1"
 const (
-	packHeaderSize  = 32
+	packHeaderSize  = objectHeaderSize
 	packTrailerSize = 32
 	packTrailerEnd  = "pgthend1"
 
@@ -106,7 +102,7 @@ func (t *packTOC) find(offset uint32) (i int, ok bool) {
 func (t *packTOC) cost() int64 {
 	n := int64(1024)
 	for _, d := range t.digests {
-		n += 64 + int64(len(d))
+		n += 80 + int64(len(d))
 	}
 	return n
 }
@@ -165,10 +161,11 @@ type packer struct {
 	class byte
 	size  int // bytes at which a pack is full
 
-	mu  sync.Mutex
-	id  PackID
-	buf []byte // the pack so far; nil: none begun
-	toc packTOC
+	mu     sync.Mutex
+	id     PackID
+	buf    []byte // the pack so far; nil: none begun
+	sealer sealer // of this pack
+	toc    packTOC
 }
 
 // packWriters are the packers of one writer. Uploads of full packs run beside the packing, a few at a time.
@@ -197,7 +194,7 @@ func newPackWriters(ctx context.Context, r *Repository) *packWriters {
 	return w
 }
 
-// add compresses content, puts it into a pack and returns its place. digests are those of a chunk's pages and are kept.
+// add compresses and seals content, puts it into a pack and returns its place. digests are those of a chunk's pages and are kept.
 func (p *packer) add(kind byte, content []byte, id ID, digests []byte) (Ref, error) {
 	room := p.w.r.codec.room()
 	defer p.w.r.codec.giveBack(room)
@@ -209,7 +206,7 @@ func (p *packer) add(kind byte, content []byte, id ID, digests []byte) (Ref, err
 
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.buf) > packHeaderSize && len(p.buf)+len(frame) > p.size {
+	if len(p.buf) > packHeaderSize && len(p.buf)+len(frame)+p.sealer.overhead() > p.size {
 		if err := p.flush(); err != nil {
 			return Ref{}, err
 		}
@@ -217,19 +214,19 @@ func (p *packer) add(kind byte, content []byte, id ID, digests []byte) (Ref, err
 	if p.buf == nil {
 		p.begin()
 	}
-	ref := Ref{Pack: p.id, Offset: uint32(len(p.buf)), Length: uint32(len(frame)), ID: id}
-	p.buf = append(p.buf, frame...)
+	at := len(p.buf)
+	p.buf = p.sealer.seal(append(p.buf, frame...), at)
+	ref := Ref{Pack: p.id, Offset: uint32(at), Length: uint32(len(p.buf) - at), ID: id}
 	p.toc.add(kind, ref.Length, uint32(len(content)), id, digests)
 	return ref, nil
 }
 
 // begin starts a pack. Caller holds mu.
 func (p *packer) begin() {
-	rand.Read(p.id[:]) // never fails: crypto/rand ends the program instead
+	p.id = PackID(newSalt())
+	p.sealer = p.w.r.packSealer(p.id)
 	p.buf = make([]byte, 0, p.size+p.size/16)
-	p.buf = appendObjectHeader(p.buf, kindPack)
-	p.buf = append(p.buf, p.class, 0, 0, 0, 0, 0, 0, 0)
-	p.buf = append(p.buf, p.id[:]...)
+	p.buf = append(p.buf, p.w.r.seals.header(kindPack, [8]byte{p.class}, salt(p.id))...)
 	p.toc = packTOC{}
 }
 
@@ -245,7 +242,8 @@ func (p *packer) flush() error {
 	toc := p.toc.appendTo(nil)
 	id, _ := p.w.r.digests.sum(toc, nil)
 	at := len(p.buf)
-	p.buf = p.w.r.codec.compress(p.buf, toc)
+	// Not into p.buf itself: the encoder keeps hold of what it has written to, a whole pack then.
+	p.buf = p.sealer.seal(append(p.buf, p.w.r.codec.compress(nil, toc)...), at)
 	size := packSize{toc: uint32(len(p.buf) - at)}
 	p.buf = binary.LittleEndian.AppendUint32(p.buf, uint32(at))
 	p.buf = binary.LittleEndian.AppendUint32(p.buf, size.toc)
@@ -312,10 +310,14 @@ func (r *Repository) readTOC(ctx context.Context, id PackID, size packSize) (*pa
 
 // parseTOC verifies and decodes the end of a pack: its table of contents, which begins at offset at, and its trailer.
 func (r *Repository) parseTOC(id PackID, b []byte, at int64) (*packTOC, error) {
-	frame, trailer := b[:len(b)-packTrailerSize], b[len(b)-packTrailerSize:]
+	sealed, trailer := b[:len(b)-packTrailerSize], b[len(b)-packTrailerSize:]
 	if string(trailer[24:]) != packTrailerEnd ||
-		int64(binary.LittleEndian.Uint32(trailer)) != at || int(binary.LittleEndian.Uint32(trailer[4:])) != len(frame) {
+		int64(binary.LittleEndian.Uint32(trailer)) != at || int(binary.LittleEndian.Uint32(trailer[4:])) != len(sealed) {
 		return nil, corrupt(id.key(), "its trailer does not fit its size")
+	}
+	frame, err := r.packSealer(id).open(sealed, at)
+	if err != nil {
+		return nil, err
 	}
 	content, err := r.codec.decompress(frame, maxPieceSize)
 	if err != nil {
@@ -346,7 +348,11 @@ func (r *Repository) getPack(ctx context.Context, id PackID, off, n int64) ([]by
 
 // piece reads, verifies and returns the content of one piece.
 func (r *Repository) piece(ctx context.Context, ref Ref) ([]byte, error) {
-	frame, err := r.getPack(ctx, ref.Pack, int64(ref.Offset), int64(ref.Length))
+	sealed, err := r.getPack(ctx, ref.Pack, int64(ref.Offset), int64(ref.Length))
+	if err != nil {
+		return nil, err
+	}
+	frame, err := r.openPiece(ref, sealed)
 	if err != nil {
 		return nil, err
 	}
@@ -358,6 +364,15 @@ func (r *Repository) piece(ctx context.Context, ref Ref) ([]byte, error) {
 		return nil, ref.corrupt("its content does not match its digest")
 	}
 	return content, nil
+}
+
+func (r *Repository) packSealer(id PackID) sealer {
+	return r.seals.object(kindPack, id.key(), salt(id))
+}
+
+// openPiece opens in place the stored bytes of a piece.
+func (r *Repository) openPiece(ref Ref, sealed []byte) ([]byte, error) {
+	return r.packSealer(ref.Pack).open(sealed, int64(ref.Offset))
 }
 
 func (r Ref) corrupt(detail string) error {

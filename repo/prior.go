@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path"
 	"sync"
 )
 
@@ -13,7 +14,14 @@ type priorBackup struct {
 	r     *Repository
 	b     *Backup
 	sizes map[PackID]packSize
+	tocs  *cache[PackID, *packTOC]
+
+	dir     string // the directory that was looked into last: files come directory by directory
+	listing *storedListing
 }
+
+// tocCacheBytes is room for the page digests of some 20 GB.
+const tocCacheBytes = 32 << 20
 
 // openPrior reads the prior backup's pack list and enters its chunks into the index.
 func openPrior(ctx context.Context, r *Repository, b *Backup, index *chunkIndex) (*priorBackup, error) {
@@ -21,7 +29,7 @@ func openPrior(ctx context.Context, r *Repository, b *Backup, index *chunkIndex)
 	if err != nil {
 		return nil, err
 	}
-	p := &priorBackup{r: r, b: b, sizes: make(map[PackID]packSize, len(uses))}
+	p := &priorBackup{r: r, b: b, sizes: make(map[PackID]packSize, len(uses)), tocs: newCache[PackID, *packTOC](tocCacheBytes)}
 	for _, u := range uses {
 		p.sizes[u.pack] = u.size
 	}
@@ -39,7 +47,7 @@ func openPrior(ctx context.Context, r *Repository, b *Backup, index *chunkIndex)
 }
 
 func (p *priorBackup) toc(ctx context.Context, id PackID) (*packTOC, error) {
-	return p.r.tocs.get(id, func() (*packTOC, int64, error) {
+	return p.tocs.get(id, func() (*packTOC, int64, error) {
 		toc, err := p.r.readTOC(ctx, id, p.sizes[id])
 		if err != nil {
 			return nil, 0, err
@@ -81,14 +89,13 @@ func (p *priorBackup) file(ctx context.Context, name string) (*priorFile, error)
 	if p == nil {
 		return nil, nil
 	}
-	e, err := p.b.Stat(ctx, name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	dir, base := path.Split(name)
+	list, err := p.list(ctx, path.Clean(dir))
 	if err != nil {
 		return nil, fmt.Errorf("compare with backup %s: %w", p.b.Manifest.ID, err)
 	}
-	if e.content.kind != contentMap && e.content.kind != contentInlineMap {
+	e, ok := list.find(base)
+	if !ok || e.content.kind != contentMap && e.content.kind != contentInlineMap {
 		return nil, nil
 	}
 	m, err := p.r.fileMap(ctx, e)
@@ -96,6 +103,23 @@ func (p *priorBackup) file(ctx context.Context, name string) (*priorFile, error)
 		return nil, fmt.Errorf("compare with backup %s: %w", p.b.Manifest.ID, err)
 	}
 	return &priorFile{p: p, m: m, ref: e.content.ref}, nil
+}
+
+// list returns the prior listing of a directory; an empty one if there is none. Files are made by one goroutine at a time.
+func (p *priorBackup) list(ctx context.Context, dir string) (*storedListing, error) {
+	if p.listing != nil && p.dir == dir {
+		return p.listing, nil
+	}
+	e, err := p.b.Stat(ctx, dir)
+	list := &storedListing{}
+	if err == nil && e.IsDir() {
+		list, err = p.r.storedListing(ctx, e)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	p.dir, p.listing = dir, list
+	return list, nil
 }
 
 func (f *priorFile) mapRef() Ref {
@@ -148,8 +172,8 @@ type chunkIndex struct {
 
 type chunkPlace struct{ pack, offset, length uint32 }
 
-// maxIndex bounds the index: a million chunks are 128 GiB of content and take about 60 MB.
-const maxIndex = 1 << 20
+// maxIndex bounds the index: so many chunks are 100 GiB of content and take 30 MB. A few more, and Go's map takes twice that.
+const maxIndex = 800_000
 
 func newChunkIndex() *chunkIndex {
 	return &chunkIndex{known: map[PackID]uint32{}, at: map[ID]chunkPlace{}}

@@ -69,9 +69,9 @@ func (b *Backup) ReadDir(ctx context.Context, name string) ([]Entry, error) {
 func (b *Backup) list(ctx context.Context, e Entry) ([]Entry, error) {
 	ref := e.content.ref
 	return b.r.trees.get(ref.ID, func() ([]Entry, int64, error) {
-		content, err := b.r.piece(ctx, ref)
+		content, err := b.r.tree(ctx, e)
 		if err != nil {
-			return nil, 0, fmt.Errorf("read directory %s: %w", e.Name, err)
+			return nil, 0, err
 		}
 		list, err := decodeTree(content)
 		if err != nil {
@@ -81,7 +81,30 @@ func (b *Backup) list(ctx context.Context, e Entry) ([]Entry, error) {
 	})
 }
 
-// Walk calls fn for the entry at name and everything below, parents first, sorted.
+// tree returns a directory's encoded tree.
+func (r *Repository) tree(ctx context.Context, dir Entry) ([]byte, error) {
+	b, err := r.piece(ctx, dir.content.ref)
+	if err != nil {
+		return nil, fmt.Errorf("read directory %s: %w", dir.Name, err)
+	}
+	return b, nil
+}
+
+// storedListing returns a directory's tree, ready to look names up in. No cache keeps it.
+func (r *Repository) storedListing(ctx context.Context, dir Entry) (*storedListing, error) {
+	b, err := r.tree(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	list, err := newStoredListing(b)
+	if err != nil {
+		return nil, dir.content.ref.corrupt(err.Error())
+	}
+	return list, nil
+}
+
+// Walk calls fn for the entry at name and everything below, parents first, sorted. It holds the encoded trees of the
+// directories above an entry, and decodes one entry at a time: some 75 bytes for each file of a directory.
 func (b *Backup) Walk(ctx context.Context, name string, fn func(name string, e Entry) error) error {
 	e, err := b.Stat(ctx, name)
 	if err != nil {
@@ -94,16 +117,23 @@ func (b *Backup) walk(ctx context.Context, name string, e Entry, fn func(string,
 	if err := fn(name, e); err != nil || !e.IsDir() {
 		return err
 	}
-	list, err := b.list(ctx, e)
+	tree, err := b.r.tree(ctx, e)
 	if err != nil {
 		return err
 	}
-	for _, child := range list {
-		if err := b.walk(ctx, path.Join(name, child.Name), child, fn); err != nil {
-			return err
+	t, err := newTreeDecoder(tree)
+	for err == nil {
+		var child Entry
+		if child, err = t.next(); err == nil {
+			if err := b.walk(ctx, path.Join(name, child.Name), child, fn); err != nil {
+				return err
+			}
 		}
 	}
-	return nil
+	if err == io.EOF {
+		return nil
+	}
+	return e.content.ref.corrupt(err.Error())
 }
 
 // File is a file of a backup open for reading. It holds nothing that has to be closed. Safe for concurrent use.
@@ -290,8 +320,12 @@ func (f *mappedFile) fetch(parts []part) error {
 	return nil
 }
 
-// decodeChunk decompresses a chunk, as chunkContent does, and verifies it.
-func (r *Repository) decodeChunk(ref Ref, stored, dst []byte) ([]byte, error) {
+// decodeChunk opens a chunk in place, decompresses it, as chunkContent does, and verifies it.
+func (r *Repository) decodeChunk(ref Ref, sealed, dst []byte) ([]byte, error) {
+	stored, err := r.openPiece(ref, sealed)
+	if err != nil {
+		return nil, err
+	}
 	content, err := r.codec.chunkContent(dst, stored)
 	if err != nil {
 		return nil, ref.corrupt(err.Error())

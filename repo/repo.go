@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -21,11 +22,11 @@ import (
 type Options struct {
 	Log        *slog.Logger // nil: nothing is logged
 	CacheBytes int64        // decoded chunks kept; 0: 64 MiB
+	Keys       []Key        // of which one opens an encrypted repository; any is refused by one that is not encrypted
 }
 
 const (
 	defaultCacheBytes = 64 << 20
-	tocCacheBytes     = 64 << 20
 	treeCacheBytes    = 64 << 20
 )
 
@@ -36,11 +37,11 @@ type Repository struct {
 	config  config
 	log     *slog.Logger
 	digests *digester
+	seals   seals
 	codec   *codec
 
 	read   atomic.Int64 // bytes fetched from the store
 	chunks *cache[chunkKey, []byte]
-	tocs   *cache[PackID, *packTOC]
 	trees  *cache[ID, []Entry]
 	heads  *cache[string, *walHead]
 }
@@ -48,19 +49,24 @@ type Repository struct {
 // config is the object of the same name: what every reader needs first.
 type config struct {
 	document
-	ID         string    `json:"id"`
-	CreatedAt  time.Time `json:"created_at"`
-	Encryption string    `json:"encryption"`
-	DigestKey  string    `json:"digest_key"`
+	ID             string    `json:"id"`
+	CreatedAt      time.Time `json:"created_at"`
+	Encryption     string    `json:"encryption"`
+	DigestKey      string    `json:"digest_key,omitempty"`     // if not encrypted
+	Authentication string    `json:"authentication,omitempty"` // if encrypted
 }
 
 const (
-	configKey      = "config"
-	configKind     = "pgthaw repository"
-	encryptionNone = "none"
+	configKey        = "config"
+	configKind       = "pgthaw repository"
+	encryptionAESGCM = "aes-256-gcm"
 )
 
-// Init makes a repository at the URL. ErrRepositoryExists: there is one already. ErrNotEmpty: something else is there.
+// EncryptionNone is the encryption of a repository that is not encrypted.
+const EncryptionNone = "none"
+
+// Init makes a repository at the URL, encrypted if there are keys: each can open it then. ErrRepositoryExists: there is
+// one already. ErrNotEmpty: something else is there.
 func Init(ctx context.Context, url string, o Options) (*Repository, error) {
 	s, canonical, err := store.Open(ctx, url)
 	if err != nil {
@@ -69,24 +75,81 @@ func Init(ctx context.Context, url string, o Options) (*Repository, error) {
 	if err := refuseForeign(ctx, s); err != nil {
 		return nil, fmt.Errorf("%s: %w", canonical, err)
 	}
-	var key [keySize]byte
-	var id [16]byte
-	rand.Read(key[:])
-	rand.Read(id[:])
-	body, err := marshalDocument(config{
-		document: document{configKind, formatVersion}, ID: hex.EncodeToString(id[:]), CreatedAt: time.Now().UTC().Truncate(time.Second),
-		Encryption: encryptionNone, DigestKey: hex.EncodeToString(key[:]),
-	})
-	if err != nil {
-		return nil, err
-	}
-	switch err := s.Put(ctx, configKey, body); {
-	case errors.Is(err, store.ErrExist):
-		return nil, fmt.Errorf("%s: %w", canonical, ErrRepositoryExists)
-	case err != nil:
-		return nil, fmt.Errorf("write repository configuration: %w", err)
+	if err := initStore(ctx, s, o.Keys); err != nil {
+		return nil, fmt.Errorf("%s: %w", canonical, err)
 	}
 	return openStore(ctx, s, canonical, o)
+}
+
+// initStore puts key slots, if there are keys, and then the configuration, with which the repository exists.
+func initStore(ctx context.Context, s store.Store, keys []Key) error {
+	c, slots, err := newConfig(keys)
+	if err != nil {
+		return err
+	}
+	body, err := marshalDocument(c)
+	if err != nil {
+		return err
+	}
+	for _, slot := range slots {
+		if err := putKeySlot(ctx, s, slot); err != nil {
+			return err
+		}
+	}
+	err = s.Put(ctx, configKey, body)
+	if errors.Is(err, store.ErrExist) {
+		if got, err := s.Get(ctx, configKey, 0, -1); err == nil && bytes.Equal(got, body) {
+			return nil // a store that tried twice met its own first attempt
+		}
+		err = ErrRepositoryExists
+		for _, slot := range slots { // of a repository that will never be
+			err = errors.Join(err, s.Delete(ctx, slot.key()))
+		}
+		return err
+	}
+	if err != nil {
+		return fmt.Errorf("write repository configuration: %w", err)
+	}
+	return nil
+}
+
+// newConfig makes up a repository: not encrypted, or with a slot for each key.
+func newConfig(keys []Key) (c config, slots []KeySlot, err error) {
+	var id [16]byte
+	rand.Read(id[:])
+	c = config{document: document{configKind, formatVersion}, ID: hex.EncodeToString(id[:]), CreatedAt: time.Now().UTC().Truncate(time.Second)}
+	if len(keys) == 0 {
+		var key [keySize]byte
+		rand.Read(key[:])
+		c.Encryption, c.DigestKey = EncryptionNone, hex.EncodeToString(key[:])
+		return c, nil, nil
+	}
+	m := newMasterKey()
+	c.Encryption = encryptionAESGCM
+	c.Authentication = m.authenticate(id, c)
+	for _, k := range keys {
+		slot, err := newKeySlot(&m, k, "made with the repository")
+		if err != nil {
+			return c, nil, err
+		}
+		slots = append(slots, slot)
+	}
+	return c, slots, nil
+}
+
+// Vacant says why no repository can be made at the URL: ErrRepositoryExists, ErrNotEmpty, or the store's error.
+func Vacant(ctx context.Context, url string) error {
+	s, canonical, err := store.Open(ctx, url)
+	if err != nil {
+		return err
+	}
+	if err := refuseForeign(ctx, s); err != nil {
+		return fmt.Errorf("%s: %w", canonical, err)
+	}
+	if c, ok := s.(io.Closer); ok {
+		return c.Close()
+	}
+	return nil
 }
 
 // refuseForeign says why no repository can be made in a store that holds something.
@@ -129,13 +192,12 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 		o.CacheBytes = defaultCacheBytes
 	}
 	r.chunks = newCache[chunkKey, []byte](o.CacheBytes)
-	r.tocs = newCache[PackID, *packTOC](tocCacheBytes)
 	r.trees = newCache[ID, []Entry](treeCacheBytes)
 	r.heads = newCache[string, *walHead](treeCacheBytes)
-	return r, r.readConfig(ctx)
+	return r, r.readConfig(ctx, o.Keys)
 }
 
-func (r *Repository) readConfig(ctx context.Context) error {
+func (r *Repository) readConfig(ctx context.Context, keys []Key) error {
 	b, err := r.get(ctx, configKey, 0, -1)
 	if errors.Is(err, store.ErrNotExist) {
 		return fmt.Errorf("%s: %w", r.url, ErrNoRepository)
@@ -146,15 +208,33 @@ func (r *Repository) readConfig(ctx context.Context) error {
 	if err := unmarshalDocument(configKey, b, configKind, &r.config); err != nil {
 		return err
 	}
-	if r.config.Encryption != encryptionNone {
-		return corrupt(configKey, "encryption %q is not known", r.config.Encryption)
+	if err := decodeHex(r.seals.id[:], []byte(r.config.ID)); err != nil {
+		return corrupt(configKey, "id: %v", err)
 	}
-	var key [keySize]byte
-	if err := decodeHex(key[:], []byte(r.config.DigestKey)); err != nil {
-		return corrupt(configKey, "digest key: %v", err)
+	key, err := r.digestKey(ctx, keys)
+	if err == nil {
+		r.digests = newDigester(key)
 	}
-	r.digests = newDigester(key)
-	return nil
+	return err
+}
+
+// digestKey returns the repository's digest key. Where the repository is encrypted it finds the master key for that.
+func (r *Repository) digestKey(ctx context.Context, keys []Key) (key [keySize]byte, err error) {
+	switch c := r.config; {
+	case c.Encryption == EncryptionNone && len(keys) > 0:
+		return key, fmt.Errorf("%s: %w", r.url, ErrNotEncrypted)
+	case c.Encryption == EncryptionNone:
+		if err := decodeHex(key[:], []byte(c.DigestKey)); err != nil {
+			return key, corrupt(configKey, "digest key: %v", err)
+		}
+		return key, nil
+	case c.Encryption == encryptionAESGCM && c.DigestKey == "":
+		if r.seals.master, err = r.unlock(ctx, r.seals.id, keys); err != nil {
+			return key, err
+		}
+		return [keySize]byte(r.seals.master.derive(r.seals.id[:], digestKeyInfo)), nil
+	}
+	return key, corrupt(configKey, "encryption %q is not known, or not so", r.config.Encryption)
 }
 
 // URL is the canonical address of the repository.
@@ -162,6 +242,9 @@ func (r *Repository) URL() string { return r.url }
 
 // ID is the repository's own name, made when it was.
 func (r *Repository) ID() string { return r.config.ID }
+
+// Encryption is how the repository is encrypted: EncryptionNone or "aes-256-gcm".
+func (r *Repository) Encryption() string { return r.config.Encryption }
 
 // ReadBytes is how many bytes were fetched from the store since the repository was opened.
 func (r *Repository) ReadBytes() int64 { return r.read.Load() }
@@ -248,6 +331,9 @@ func (r *Repository) Cluster(ctx context.Context, name string) (Cluster, error) 
 	if err != nil {
 		return Cluster{}, fmt.Errorf("read cluster %s: %w", name, err)
 	}
+	if b, err = r.openDocument(clusterKey(name), b); err != nil {
+		return Cluster{}, err
+	}
 	var d clusterDocument
 	if err := unmarshalDocument(clusterKey(name), b, clusterKind, &d); err != nil {
 		return Cluster{}, err
@@ -287,5 +373,5 @@ func (r *Repository) createCluster(ctx context.Context, name string, systemID ui
 	if err != nil {
 		return err
 	}
-	return r.store.Put(ctx, clusterKey(name), body)
+	return r.store.Put(ctx, clusterKey(name), r.sealDocument(clusterKey(name), body))
 }

@@ -18,9 +18,9 @@ import (
 
 const testSystemID = 7123456789012345678
 
-func newTestRepository(t testing.TB) *Repository {
+func newTestRepository(t testing.TB, keys ...Key) *Repository {
 	t.Helper()
-	r, err := Init(t.Context(), t.TempDir()+"/repo", Options{})
+	r, err := Init(t.Context(), t.TempDir()+"/repo", Options{Keys: keys})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,6 +32,30 @@ func newTestRepository(t testing.TB) *Repository {
 		t.Fatal(err)
 	}
 	return r
+}
+
+// bothSeals runs a test on a repository that is not encrypted and on one that is, given the keys of either.
+func bothSeals(t *testing.T, test func(t *testing.T, keys ...Key)) {
+	t.Run("plain", func(t *testing.T) { test(t) })
+	t.Run("encrypted", func(t *testing.T) { test(t, newTestKey(t)) })
+}
+
+func newTestKey(t testing.TB) Key {
+	t.Helper()
+	k, _, err := NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func passphraseKey(t testing.TB, passphrase string) Key {
+	t.Helper()
+	k, err := PassphraseKey(passphrase)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
 }
 
 // testFiles is a cluster's content: paths to bytes.
@@ -154,13 +178,15 @@ func sampleFiles() testFiles {
 	}
 }
 
-func TestRoundTrip(t *testing.T) {
-	r := newTestRepository(t)
+func TestRoundTrip(t *testing.T) { bothSeals(t, testRoundTrip) }
+
+func testRoundTrip(t *testing.T, keys ...Key) {
+	r := newTestRepository(t, keys...)
 	files := sampleFiles()
 	b := writeTestBackup(t, r, files, nil)
 	checkFiles(t, b, files)
 
-	again, err := Open(t.Context(), r.URL(), Options{})
+	again, err := Open(t.Context(), r.URL(), Options{Keys: keys})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -174,8 +200,10 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
-func TestReadAtEveryEdge(t *testing.T) {
-	r := newTestRepository(t)
+func TestReadAtEveryEdge(t *testing.T) { bothSeals(t, testReadAtEveryEdge) }
+
+func testReadAtEveryEdge(t *testing.T, keys ...Key) {
+	r := newTestRepository(t, keys...)
 	files := sampleFiles()
 	b := writeTestBackup(t, r, files, nil)
 	for name, want := range files {
@@ -233,8 +261,10 @@ func TestChangedPagesOnly(t *testing.T) {
 }
 
 // TestUnchangedCostsNothing counts what a second backup of the same content adds: no pack at all.
-func TestUnchangedCostsNothing(t *testing.T) {
-	r := newTestRepository(t)
+func TestUnchangedCostsNothing(t *testing.T) { bothSeals(t, testUnchangedCostsNothing) }
+
+func testUnchangedCostsNothing(t *testing.T, keys ...Key) {
+	r := newTestRepository(t, keys...)
 	files := sampleFiles()
 	first := writeTestBackup(t, r, files, nil)
 	second := writeTestBackup(t, r, files, first)
@@ -339,8 +369,10 @@ func TestClusterBelongsToOneSystem(t *testing.T) {
 	}
 }
 
-func TestWALHistoryFile(t *testing.T) {
-	r := newTestRepository(t)
+func TestWALHistoryFile(t *testing.T) { bothSeals(t, testWALHistoryFile) }
+
+func testWALHistoryFile(t *testing.T, keys ...Key) {
+	r := newTestRepository(t, keys...)
 	name := pg.WALName{Kind: pg.WALHistory, Timeline: 2}
 	content := []byte("1\t0/3000000\tno recovery target specified\n")
 	for range 2 {

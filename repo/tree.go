@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"strings"
 	"time"
@@ -92,27 +93,22 @@ func goMode(m uint32) (fs.FileMode, error) {
 	return 0, fmt.Errorf("mode %o", m)
 }
 
-// encodeTree encodes a directory's entries, which are sorted by name.
+// appendTo encodes the entry.
 //
 // Format: docs/format.md, "Tree".
-func encodeTree(entries []Entry) ([]byte, error) {
-	b := []byte{pieceTree, formatVersion}
-	b = binary.AppendUvarint(b, uint64(len(entries)))
-	for _, e := range entries {
-		mode, err := unixMode(e.Mode)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", e.Name, err)
-		}
-		b = appendString(b, e.Name)
-		b = binary.AppendUvarint(b, uint64(mode))
-		b = binary.AppendUvarint(b, uint64(e.UID))
-		b = binary.AppendUvarint(b, uint64(e.GID))
-		b = binary.AppendVarint(b, e.ModTime.Unix())
-		b = binary.AppendUvarint(b, uint64(e.Size))
-		b = appendString(b, e.Link)
-		b = e.content.appendTo(b)
+func (e *Entry) appendTo(b []byte) ([]byte, error) {
+	mode, err := unixMode(e.Mode)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", e.Name, err)
 	}
-	return b, nil
+	b = appendString(b, e.Name)
+	b = binary.AppendUvarint(b, uint64(mode))
+	b = binary.AppendUvarint(b, uint64(e.UID))
+	b = binary.AppendUvarint(b, uint64(e.GID))
+	b = binary.AppendVarint(b, e.ModTime.Unix())
+	b = binary.AppendUvarint(b, uint64(e.Size))
+	b = appendString(b, e.Link)
+	return e.content.appendTo(b), nil
 }
 
 func (c content) appendTo(b []byte) []byte {
@@ -128,23 +124,55 @@ func (c content) appendTo(b []byte) []byte {
 	return b
 }
 
-func decodeTree(b []byte) ([]Entry, error) {
-	d := decoder{b: b}
-	if d.byte() != pieceTree || d.byte() != formatVersion {
+// treeDecoder takes an encoded tree apart entry by entry: a million of them decoded take a multiple of their bytes.
+type treeDecoder struct {
+	d    decoder
+	left int    // entries
+	last string // name of the entry before
+}
+
+func newTreeDecoder(b []byte) (*treeDecoder, error) {
+	t := &treeDecoder{d: decoder{b: b}}
+	if t.d.byte() != pieceTree || t.d.byte() != formatVersion {
 		return nil, errors.New("not a tree of version 1")
 	}
-	entries := make([]Entry, d.count(8))
-	for i := range entries {
-		e := &entries[i]
-		e.decode(&d)
-		if d.err == nil && i > 0 && e.Name <= entries[i-1].Name {
-			d.fail("%q follows %q", e.Name, entries[i-1].Name)
+	t.left = t.d.count(8)
+	return t, t.d.err
+}
+
+// next returns the next entry, after the last io.EOF.
+func (t *treeDecoder) next() (e Entry, err error) {
+	if t.left == 0 {
+		if err := t.d.end(); err != nil {
+			return e, err
 		}
-		if d.err != nil {
-			return nil, d.err
-		}
+		return e, io.EOF
 	}
-	return entries, d.end()
+	t.left--
+	e.decode(&t.d)
+	if t.d.err == nil && e.Name <= t.last {
+		t.d.fail("%q follows %q", e.Name, t.last)
+	}
+	t.last = e.Name
+	return e, t.d.err
+}
+
+func decodeTree(b []byte) ([]Entry, error) {
+	t, err := newTreeDecoder(b)
+	if err != nil {
+		return nil, err
+	}
+	entries := make([]Entry, 0, t.left)
+	for {
+		e, err := t.next()
+		if err == io.EOF {
+			return entries, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, e)
+	}
 }
 
 func (e *Entry) decode(d *decoder) {

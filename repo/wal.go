@@ -27,14 +27,12 @@ type WALHead struct {
 
 // Layout of a WAL object.
 //
-//	0   8   object header, kind W
-//	8   4   length of the head
-//	12  4   0
-//	16  16  ID of the head
-//	32      head, JSON
-//	        blocks, back to back, each a zstd frame
+//	0   32  object header, kind W: stored length of the head at 8
+//	32  16  ID of the head
+//	48      head, JSON, sealed
+//	        blocks, back to back, each a zstd frame, sealed
 const (
-	walHeaderSize = 32
+	walHeaderSize = objectHeaderSize + 16
 	walBlockSize  = 1 << 20 // content of a block, bytes; the last may be shorter
 	maxWALHead    = 16 << 20
 	maxWALSize    = 1 << 30 // PostgreSQL's largest segment
@@ -49,6 +47,7 @@ type walHead struct {
 	Summary          pg.WALSummary `json:"summary,omitzero"`
 	Blocks           []walBlock    `json:"blocks"`
 
+	salt    salt
 	offsets []int64 // of each block in the object; one more at the end
 }
 
@@ -114,7 +113,9 @@ func (r *Repository) encodeWAL(ctx context.Context, c Cluster, name pg.WALName, 
 			return nil, nil, err
 		}
 	}
-	frames, err := r.encodeBlocks(ctx, head, content)
+	salt := newSalt()
+	sealer := r.seals.object(kindWAL, walKey(c.Name, name), salt)
+	frames, err := r.encodeBlocks(ctx, head, content, sealer.overhead())
 	if err != nil {
 		return nil, nil, err
 	}
@@ -122,16 +123,31 @@ func (r *Repository) encodeWAL(ctx context.Context, c Cluster, name pg.WALName, 
 	if err != nil {
 		return nil, nil, err
 	}
+	var use [8]byte
+	binary.LittleEndian.PutUint32(use[:], uint32(len(text)+sealer.overhead()))
 	id, _ := r.digests.sum(text, nil)
-	body := appendObjectHeader(nil, kindWAL)
-	body = binary.LittleEndian.AppendUint32(body, uint32(len(text)))
-	body = append(body, 0, 0, 0, 0)
-	body = append(append(body, id[:]...), text...)
-	return head, append(body, bytes.Join(frames, nil)...), nil
+	body := append(make([]byte, 0, head.storedSize(len(text)+sealer.overhead())), r.seals.header(kindWAL, use, salt)...)
+	body = append(body, id[:]...)
+	for _, part := range append([][]byte{text}, frames...) {
+		if len(part) > 0 {
+			body = sealer.seal(append(body, part...), len(body))
+		}
+	}
+	return head, body, nil
 }
 
-// encodeBlocks compresses the content's blocks, several at a time, and enters them into the head.
-func (r *Repository) encodeBlocks(ctx context.Context, head *walHead, content []byte) (frames [][]byte, err error) {
+// storedSize is the size of the object, whose head takes headLength bytes.
+func (h *walHead) storedSize(headLength int) int {
+	n := walHeaderSize + headLength
+	for _, b := range h.Blocks {
+		n += b.Length
+	}
+	return n
+}
+
+// encodeBlocks compresses the content's blocks, several at a time, and enters them into the head with their lengths once
+// they are sealed, each by overhead longer. A block of zeros has no frame.
+func (r *Repository) encodeBlocks(ctx context.Context, head *walHead, content []byte, overhead int) (frames [][]byte, err error) {
 	n := (len(content) + walBlockSize - 1) / walBlockSize
 	head.Blocks, frames = make([]walBlock, n), make([][]byte, n)
 	g, ctx := errgroup.WithContext(ctx)
@@ -140,10 +156,11 @@ func (r *Repository) encodeBlocks(ctx context.Context, head *walHead, content []
 		g.Go(func() error {
 			block := content[i*walBlockSize : min((i+1)*walBlockSize, len(content))]
 			id, _ := r.digests.sum(block, nil)
+			head.Blocks[i].ID = id
 			if !isZero(block) {
 				frames[i] = r.codec.compress(nil, block)
+				head.Blocks[i].Length = len(frames[i]) + overhead
 			}
-			head.Blocks[i] = walBlock{Length: len(frames[i]), ID: id}
 			return ctx.Err()
 		})
 	}
@@ -174,15 +191,15 @@ func (r *Repository) walHead(ctx context.Context, cluster string, name pg.WALNam
 		if err != nil {
 			return nil, 0, walReadError(name, err)
 		}
-		n, err := walHeadLength(key, start)
+		n, err := r.walHeadLength(key, start)
 		if err != nil {
 			return nil, 0, err
 		}
-		text, err := r.get(ctx, key, walHeaderSize, n)
+		sealed, err := r.get(ctx, key, walHeaderSize, n)
 		if err != nil {
 			return nil, 0, walReadError(name, err)
 		}
-		h, err := r.parseWALHead(key, cluster, name, start, text)
+		h, err := r.parseWALHead(key, cluster, name, start, sealed)
 		return h, 512 + n, err
 	})
 }
@@ -194,8 +211,8 @@ func walReadError(name pg.WALName, err error) error {
 	return fmt.Errorf("read WAL file %s: %w", name, err)
 }
 
-func walHeadLength(key string, start []byte) (int64, error) {
-	if err := checkObjectHeader(key, start, kindWAL); err != nil {
+func (r *Repository) walHeadLength(key string, start []byte) (int64, error) {
+	if _, err := r.seals.checkHeader(key, start, kindWAL); err != nil {
 		return 0, err
 	}
 	if len(start) < walHeaderSize {
@@ -208,11 +225,15 @@ func walHeadLength(key string, start []byte) (int64, error) {
 	return n, nil
 }
 
-func (r *Repository) parseWALHead(key, cluster string, name pg.WALName, start, text []byte) (*walHead, error) {
-	if !r.digests.verify(text, ID(start[16:32])) {
+func (r *Repository) parseWALHead(key, cluster string, name pg.WALName, start, sealed []byte) (*walHead, error) {
+	h := &walHead{salt: salt(start[16:objectHeaderSize]), offsets: []int64{walHeaderSize + int64(len(sealed))}}
+	text, err := r.seals.object(kindWAL, key, h.salt).open(sealed, walHeaderSize)
+	if err != nil {
+		return nil, err
+	}
+	if !r.digests.verify(text, ID(start[objectHeaderSize:walHeaderSize])) {
 		return nil, corrupt(key, "its head does not match its digest")
 	}
-	h := &walHead{}
 	if err := json.Unmarshal(text, h); err != nil {
 		return nil, corrupt(key, "head: %v", err)
 	}
@@ -222,7 +243,6 @@ func (r *Repository) parseWALHead(key, cluster string, name pg.WALName, start, t
 	if h.Size < 0 || h.Size > maxWALSize || int64(len(h.Blocks)) != (h.Size+walBlockSize-1)/walBlockSize {
 		return nil, corrupt(key, "%d bytes in %d blocks", h.Size, len(h.Blocks))
 	}
-	h.offsets = []int64{walHeaderSize + int64(len(text))}
 	for _, b := range h.Blocks {
 		if b.Length < 0 || b.Length > 2*walBlockSize {
 			return nil, corrupt(key, "a block of %d bytes", b.Length)
@@ -239,7 +259,7 @@ func (r *Repository) WAL(ctx context.Context, cluster string, name pg.WALName) (
 	if err != nil {
 		return nil, walReadError(name, err)
 	}
-	n, err := walHeadLength(key, object)
+	n, err := r.walHeadLength(key, object)
 	if err != nil {
 		return nil, err
 	}
@@ -269,14 +289,18 @@ func (h *walHead) block(content []byte, i int) []byte {
 	return content[int64(i)*walBlockSize : min(int64(i+1)*walBlockSize, h.Size)]
 }
 
-// walBlock decodes block i from its frame into dst, whose length is the block's, and verifies it.
-func (r *Repository) walBlock(key string, h *walHead, i int, frame, dst []byte) error {
+// walBlock opens block i in place and decodes it into dst, whose length is the block's, and verifies it.
+func (r *Repository) walBlock(key string, h *walHead, i int, sealed, dst []byte) error {
 	fail := func(detail string) error {
-		return &CorruptError{Object: key, Offset: h.offsets[i], Length: int64(len(frame)), Detail: detail}
+		return &CorruptError{Object: key, Offset: h.offsets[i], Length: int64(len(sealed)), Detail: detail}
 	}
 	if h.Blocks[i].Length == 0 {
 		clear(dst)
 	} else {
+		frame, err := r.seals.object(kindWAL, key, h.salt).open(sealed, h.offsets[i])
+		if err != nil {
+			return err
+		}
 		content, err := r.codec.decompressInto(dst[:0:len(dst)], frame)
 		if err != nil {
 			return fail(err.Error())
@@ -343,13 +367,13 @@ func (w *walFile) readAt(p []byte, off int64) error {
 func (w *walFile) block(i int) ([]byte, error) {
 	h := w.head
 	return w.r.chunks.get(chunkKey{wal: w.key, offset: uint32(i)}, func() ([]byte, int64, error) {
-		frame, err := w.r.get(w.ctx, w.key, h.offsets[i], int64(h.Blocks[i].Length))
+		sealed, err := w.r.get(w.ctx, w.key, h.offsets[i], int64(h.Blocks[i].Length))
 		if err != nil {
 			return nil, 0, fmt.Errorf("read %s: %w", w.key, err)
 		}
 		n := min(int64(walBlockSize), h.Size-int64(i)*walBlockSize)
 		dst := make([]byte, n)
-		err = w.r.walBlock(w.key, h, i, frame, dst)
+		err = w.r.walBlock(w.key, h, i, sealed, dst)
 		return dst, n, err
 	})
 }

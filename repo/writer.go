@@ -51,7 +51,8 @@ func (r *Repository) WriteBackup(ctx context.Context, cluster string, o BackupOp
 		return nil, err
 	}
 	// From here on the backup may exist, whatever the store answers: nothing is deleted any more.
-	if err := r.store.Put(ctx, manifestKey(cluster, m.ID), body); err != nil {
+	key := manifestKey(cluster, m.ID)
+	if err := r.store.Put(ctx, key, r.sealDocument(key, body)); err != nil {
 		return nil, fmt.Errorf("publish backup %s: %w", m.ID, err)
 	}
 	return m, nil
@@ -64,7 +65,10 @@ type BackupWriter struct {
 	packs   *packWriters
 	prior   *priorBackup
 	index   *chunkIndex
-	root    *node
+	dirs    map[string]*directory // by path: those that names may still come into
+	root    Ref                   // set when the root's listing is written
+	files   int                   // regular ones
+	bytes   int64                 // of them
 	open    *FileWriter
 	live    liveBytes
 	base    context.Context // the caller's
@@ -74,18 +78,12 @@ type BackupWriter struct {
 	buffers chan []byte
 }
 
-// node is a directory or file of the tree that is being written.
-type node struct {
-	entry    Entry
-	children map[string]*node
-}
-
 func (r *Repository) newBackupWriter(ctx context.Context, o BackupOptions) (*BackupWriter, error) {
 	if o.Workers <= 0 {
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
-	w := &BackupWriter{r: r, base: ctx, index: newChunkIndex(), live: liveBytes{},
-		root: &node{entry: Entry{Mode: fs.ModeDir | 0o755}, children: map[string]*node{}}}
+	w := &BackupWriter{r: r, base: ctx, index: newChunkIndex(), live: liveBytes{}}
+	w.dirs = map[string]*directory{".": {w: w, name: ".", holders: 1}}
 	w.workers, w.ctx = errgroup.WithContext(ctx)
 	w.packs = newPackWriters(ctx, r)
 	if o.Prior != nil {
@@ -119,9 +117,10 @@ func (w *BackupWriter) write(cluster string, fn func(context.Context, *BackupWri
 	if err = w.drain(err); err != nil {
 		return m, nil, err
 	}
-	if m.Root, err = w.writeTree(m, w.root, "."); err != nil {
+	if err := w.closeDirs(); err != nil {
 		return m, nil, err
 	}
+	m.Root, m.Files, m.SizeBytes = w.root, w.files, w.bytes
 	if err := w.packs.finish(); err != nil {
 		return m, nil, err
 	}
@@ -129,7 +128,7 @@ func (w *BackupWriter) write(cluster string, fn func(context.Context, *BackupWri
 	if err != nil {
 		return m, nil, err
 	}
-	list, listID := w.r.encodePackList(uses)
+	list, listID := w.r.encodePackList(packListKey(cluster, id), uses)
 	m.Packs = PackListRef{Count: len(uses), ID: listID}
 	m.StoredBytes = w.packs.stored.Load() + int64(len(list))
 	return m, list, nil
@@ -176,27 +175,56 @@ func (w *BackupWriter) Stored() int64 { return w.packs.stored.Load() }
 
 // Mkdir makes a directory. Its parent exists.
 func (w *BackupWriter) Mkdir(name string, e Entry) error {
+	parent, err := w.parent(name, &e)
+	if err != nil {
+		return err
+	}
+	if w.dirs[name] != nil {
+		return fmt.Errorf("%s: %w", name, fs.ErrExist)
+	}
 	e.Mode = e.Mode&fs.ModePerm | fs.ModeDir
 	e.Size, e.Link = 0, ""
-	_, err := w.insert(name, e)
-	return err
+	parent.hold()
+	w.dirs[name] = &directory{w: w, name: name, entry: e, parent: parent, holders: 1}
+	return nil
+}
+
+// CloseDir says that no further name comes into a directory, so that its listing is written and takes no more memory.
+// Who does not call it keeps all listings in memory until the backup ends.
+func (w *BackupWriter) CloseDir(name string) error {
+	d := w.dirs[name]
+	if d == nil {
+		return fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+	}
+	delete(w.dirs, name)
+	return d.release()
 }
 
 // Symlink makes a symbolic link that leads to e.Link.
 func (w *BackupWriter) Symlink(name string, e Entry) error {
+	parent, err := w.parent(name, &e)
+	if err != nil {
+		return err
+	}
 	e.Mode = e.Mode&fs.ModePerm | fs.ModeSymlink
 	e.Size = 0
-	_, err := w.insert(name, e)
-	return err
+	return parent.add(e)
 }
 
 // AddWAL makes a file whose bytes are those of a WAL object of the cluster, which was put already.
 func (w *BackupWriter) AddWAL(name string, e Entry, wal pg.WALName) error {
+	parent, err := w.parent(name, &e)
+	if err != nil {
+		return err
+	}
 	e.Mode, e.Link = e.Mode&fs.ModePerm, ""
 	e.content = content{kind: contentWAL, wal: wal}
-	_, err := w.insert(name, e)
-	return err
+	w.count(e.Size)
+	return parent.add(e)
 }
+
+// UnknownSize of an Entry says that the file's size is known only when it is closed.
+const UnknownSize = -1
 
 // Create makes a regular file of e.Size bytes, which are then written. One file is open at a time. What is hot lies
 // together with all else that is hot.
@@ -204,88 +232,125 @@ func (w *BackupWriter) Create(name string, e Entry, hot bool) (*FileWriter, erro
 	if w.open != nil {
 		return nil, fmt.Errorf("create %s: %s is still open", name, w.open.name)
 	}
-	if e.Size < 0 || e.Size > maxFileSize {
+	if e.Size < UnknownSize || e.Size > maxFileSize {
 		return nil, fmt.Errorf("create %s: %d bytes", name, e.Size)
 	}
-	e.Mode, e.Link = e.Mode&fs.ModePerm, ""
-	n, err := w.insert(name, e)
+	parent, err := w.parent(name, &e)
 	if err != nil {
 		return nil, err
 	}
-	f := &FileWriter{w: w, name: name, node: n, left: e.Size}
-	if e.Size > maxInline {
-		if f.job, err = w.newFileJob(n, name, hot); err != nil {
+	e.Mode, e.Link = e.Mode&fs.ModePerm, ""
+	f := &FileWriter{w: w, name: name, parent: parent, entry: e, left: e.Size}
+	if e.Size == UnknownSize {
+		f.left = maxFileSize
+	}
+	if f.left > maxInline {
+		if f.job, err = w.newFileJob(parent, name, hot); err != nil {
 			return nil, err
 		}
 	}
+	parent.hold()
 	w.open = f
 	return f, nil
 }
 
-func (w *BackupWriter) insert(name string, e Entry) (*node, error) {
+// parent returns the directory that a name comes into, and puts the name's last element into e. Whether it is there
+// already is found out when the directory's listing is written.
+func (w *BackupWriter) parent(name string, e *Entry) (*directory, error) {
 	dir, base := path.Split(name)
 	if err := validName(base); err != nil {
 		return nil, err
 	}
-	parent := w.lookup(path.Clean(dir))
-	if parent == nil || parent.children == nil {
-		return nil, fmt.Errorf("%s: its directory does not exist", name)
-	}
-	if parent.children[base] != nil {
-		return nil, fmt.Errorf("%s: %w", name, fs.ErrExist)
+	parent := w.dirs[path.Clean(dir)]
+	if parent == nil {
+		return nil, fmt.Errorf("%s: its directory does not exist, or was closed", name)
 	}
 	e.Name = base
-	n := &node{entry: e}
-	if e.IsDir() {
-		n.children = map[string]*node{}
-	}
-	parent.children[base] = n
-	return n, nil
+	return parent, nil
 }
 
-// lookup returns the node at a clean path, or nil.
-func (w *BackupWriter) lookup(name string) *node {
-	n := w.root
-	for name != "." && name != "" && n != nil {
-		var part string
-		part, name = cutPath(name)
-		n = n.children[part]
-	}
-	return n
+func (w *BackupWriter) count(size int64) {
+	w.files++
+	w.bytes += size
 }
 
-func cutPath(name string) (first, rest string) {
-	for i := range len(name) {
-		if name[i] == '/' {
-			return name[:i], name[i+1:]
+// closeDirs writes all listings that are not written yet. All files are done.
+func (w *BackupWriter) closeDirs() error {
+	for name := range w.dirs {
+		if err := w.CloseDir(name); err != nil {
+			return err
 		}
 	}
-	return name, ""
+	if w.root == (Ref{}) {
+		return errors.New("a file was not written to its end")
+	}
+	return nil
 }
 
-// writeTree stores a directory's listing, after those below it, and returns its place: the place of the prior backup's
-// listing if nothing in it changed.
-func (w *BackupWriter) writeTree(m *Manifest, n *node, name string) (Ref, error) {
-	entries := make([]Entry, 0, len(n.children))
-	for _, c := range n.children {
-		if c.children != nil {
-			ref, err := w.writeTree(m, c, path.Join(name, c.entry.Name))
-			if err != nil {
-				return Ref{}, err
-			}
-			c.entry.content = content{kind: contentTree, ref: ref}
-		} else if c.entry.Mode.IsRegular() {
-			m.Files++
-			m.SizeBytes += c.entry.Size
-		}
-		entries = append(entries, c.entry)
+// directory is one of the tree that is being written.
+type directory struct {
+	w      *BackupWriter
+	name   string // path
+	entry  Entry
+	parent *directory // nil: it is the root
+
+	mu      sync.Mutex
+	listing listing
+	holders int // what may still add to the listing: open directories in it, files being written, and until it is closed itself
+}
+
+// hold keeps the listing from being written until release.
+func (d *directory) hold() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.holders++
+}
+
+// add puts an entry into the listing. Somebody holds the directory.
+func (d *directory) add(e Entry) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.listing.add(&e); err != nil {
+		return fmt.Errorf("%s: %w", d.name, err)
 	}
-	sort.Slice(entries, func(i, j int) bool { return entries[i].Name < entries[j].Name })
-	encoded, err := encodeTree(entries)
+	return nil
+}
+
+// release ends a hold. The last one writes the listing, and so on upwards.
+func (d *directory) release() error {
+	d.mu.Lock()
+	d.holders--
+	held := d.holders > 0
+	d.mu.Unlock()
+	if held {
+		return nil
+	}
+	ref, err := d.write()
 	if err != nil {
-		return Ref{}, fmt.Errorf("encode directory %s: %w", name, err)
+		return fmt.Errorf("write directory %s: %w", d.name, err)
 	}
-	return w.writePiece(pieceTree, encoded, w.prior.tree(w.base, name))
+	if d.parent == nil {
+		d.w.root = ref
+		return nil
+	}
+	d.entry.content = content{kind: contentTree, ref: ref}
+	return d.parent.finish(d.entry)
+}
+
+// finish adds the entry of what held the directory.
+func (d *directory) finish(e Entry) error {
+	return errors.Join(d.add(e), d.release())
+}
+
+// write stores the listing and returns its place: that of the prior backup's if nothing in it changed. Nobody holds the
+// directory any more.
+func (d *directory) write() (Ref, error) {
+	encoded, err := d.listing.encode()
+	if err != nil {
+		return Ref{}, err
+	}
+	d.listing = listing{}
+	return d.w.writePiece(pieceTree, encoded, d.w.prior.tree(d.w.base, d.name))
 }
 
 // writePiece stores a metadata piece, unless its content is that of the prior one.
@@ -346,12 +411,16 @@ func (l *liveBytes) packs() map[PackID]uint64 {
 type FileWriter struct {
 	w      *BackupWriter
 	name   string
-	node   *node
+	parent *directory
+	entry  Entry
 	job    *fileJob // nil: the file is small enough to lie in the tree
 	inline []byte
 	buffer []byte // window being filled; nil: none
 	left   int64  // bytes of the announced size still to come
 }
+
+// SetModTime changes the modification time that the file was made with.
+func (f *FileWriter) SetModTime(t time.Time) { f.entry.ModTime = t }
 
 // Write takes the next bytes.
 func (f *FileWriter) Write(p []byte) (int, error) {
@@ -440,20 +509,44 @@ func (f *FileWriter) send() error {
 // Close ends the file. It fails if fewer bytes came than were announced.
 func (f *FileWriter) Close() error {
 	f.w.open = nil
+	if f.entry.Size == UnknownSize {
+		f.entry.Size, f.left = maxFileSize-f.left, 0
+	}
 	if f.left != 0 {
 		return fmt.Errorf("%s: %d bytes are missing", f.name, f.left)
 	}
-	if f.job == nil {
-		if len(f.inline) > 0 {
-			f.node.entry.content = content{kind: contentInline, bytes: f.inline}
-		}
-		return nil
+	f.w.count(f.entry.Size)
+	if f.entry.Size <= maxInline {
+		return f.closeInline()
+	}
+	sent := f.job.sent
+	if len(f.buffer) > 0 {
+		sent++
+	}
+	if err := f.job.end(f.entry, sent); err != nil {
+		return err
 	}
 	if len(f.buffer) > 0 {
 		return f.send()
 	}
-	if f.buffer != nil {
-		f.w.buffers <- f.buffer
-	}
+	f.giveBack()
 	return nil
+}
+
+// closeInline ends a file that lies in the tree.
+func (f *FileWriter) closeInline() error {
+	if f.job != nil { // it could have become larger
+		f.inline = append(f.inline, f.buffer...)
+	}
+	if len(f.inline) > 0 {
+		f.entry.content = content{kind: contentInline, bytes: f.inline}
+	}
+	f.giveBack()
+	return f.parent.finish(f.entry)
+}
+
+func (f *FileWriter) giveBack() {
+	if f.buffer != nil {
+		f.w.buffers <- f.buffer[:0]
+	}
 }

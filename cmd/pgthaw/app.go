@@ -8,8 +8,6 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
-
-	"pgthaw/repo"
 )
 
 // version is set by the linker for a release.
@@ -50,6 +48,8 @@ func globalFlags() []cli.Flag {
 	return []cli.Flag{
 		setting("repo", "`URL` of the repository: a path or file:///path"),
 		setting("config", "read settings from `FILE`, which a flag or an environment variable overrides"),
+		setting(keyFileFlag, "`FILE` with a key of the repository: an age identity, or an SSH private key"),
+		setting(passphraseFlag, "`FILE` whose first line is a passphrase of the repository"),
 		toggle("json", "write the result as one JSON document"),
 		switchSetting("verbose", "log what is done to stderr"),
 		switchSetting("trace", "log every operation to stderr"),
@@ -98,14 +98,6 @@ func arguments(c *cli.Context, names ...string) ([]string, error) {
 		return nil, usage("%s is missing", names[len(given)])
 	}
 	return given, nil
-}
-
-// openRepository opens the repository that --repo names.
-func openRepository(c *cli.Context) (*repo.Repository, error) {
-	if c.String("repo") == "" {
-		return nil, &failure{err: usage("no repository is given"), code: exitUsage, hint: "Give --repo URL, or set PGTHAW_REPO."}
-	}
-	return repo.Open(c.Context, c.String("repo"), repo.Options{Log: logger(c)})
 }
 
 // logger writes to stderr: warnings, with --verbose events, with --trace every operation.

@@ -148,7 +148,8 @@ func TestJSONFieldsAreOnThePage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, v := range []any{listed{}, recovery.Window{}, recovery.Point{}, checkJSON{}, findingJSON{}, affectedJSON{}, lostJSON{}, infoJSON{}, packsJSON{}, clusterInfoJSON{}, backupInfoJSON{}, walListing{}, walRun{},
+	for _, v := range []any{listed{}, recovery.Window{}, recovery.Point{}, checkJSON{}, findingJSON{}, affectedJSON{}, lostJSON{},
+		infoJSON{}, packsJSON{}, clusterInfoJSON{}, backupInfoJSON{}, walListing{}, walRun{}, keyJSON{},
 		recovery.Result{}, recovery.RecoveryEnd{}, recovery.OverlayStatus{}} {
 		typ := reflect.TypeOf(v)
 		for i := range typ.NumField() {

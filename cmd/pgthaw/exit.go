@@ -20,6 +20,7 @@ const (
 	exitDone        = 0
 	exitFailed      = 1
 	exitUsage       = 2
+	exitKey         = 12
 	exitMount       = 19
 	exitInterrupted = 130
 
@@ -41,11 +42,11 @@ type exit struct {
 var exits = []exit{
 	{exitDone, "done", nil, ""},
 	{exitFailed, "failed, no code of its own", nil, ""},
-	{exitUsage, "wrong usage", anyOf(recovery.ErrUsage), "Try --help after the command."},
+	{exitUsage, "wrong usage", anyOf(recovery.ErrUsage, repo.ErrPlain, repo.ErrNoKeySlot, repo.ErrLastKey), "Try --help after the command."},
 	{3, "done, but what stderr names was left out", nil, ""},
 	{10, "no repository there", anyOf(repo.ErrNoRepository), `Check the URL, or make a repository with "pgthaw repo init".`},
 	{11, "repository locked", nil, ""},
-	{12, "wrong key", nil, ""},
+	{exitKey, "no key, a wrong key, or a key for a repository that is not encrypted", anyOf(repo.ErrNoKey, repo.ErrWrongKey, repo.ErrNotEncrypted), ""},
 	{13, "format newer than this binary", isNewerFormat, "Use a pgthaw at least as new as the one that wrote it."},
 	{14, "no such backup or cluster", anyOf(repo.ErrNoBackup, repo.ErrNoCluster), `"pgthaw list" shows what there is.`},
 	{15, "recovery target out of reach: before the backup, after the WAL, in a gap, on another timeline",
@@ -162,6 +163,12 @@ var hints = []struct {
 	is   error
 	hint string
 }{
+	{repo.ErrPlain, "Make another one: \"pgthaw repo init --key-file FILE URL\"."},
+	{repo.ErrNoKeySlot, "\"pgthaw repo key list\" shows the ids."},
+	{repo.ErrLastKey, "Add another one first, with \"pgthaw repo key add\"."},
+	{repo.ErrNoKey, "Give --key-file FILE or --passphrase-file FILE, or set PGTHAW_KEY_FILE or PGTHAW_PASSPHRASE_FILE."},
+	{repo.ErrWrongKey, "Give a key that this repository was made with, or that was added to it. Without one nobody can read it."},
+	{repo.ErrNotEncrypted, "If it was made encrypted, somebody has replaced its configuration: do not use it. Otherwise leave the key away."},
 	{recovery.ErrLost, `"pgthaw overlay resume DIR" takes the directory up again; nothing that PostgreSQL had fsynced is lost.`},
 	{recovery.ErrServerRunning, "Stop PostgreSQL there first, with pg_ctl stop -D DIR."},
 	{fusefs.ErrOverlay, `"pgthaw overlay finish DIR" or "pgthaw overlay discard DIR" take it off.`},
@@ -197,24 +204,28 @@ func fetchAnswer(err error) int {
 // commandExits are the codes of each command besides 0, 1, 2 and 130, which all may give. Each command's help and
 // docs/cli.md list them.
 var commandExits = map[string][]int{
-	"repo init":       {20, 21, 22},
-	"repo info":       {10, 13, 16, 20},
-	"repo check":      {10, 13, 16, 20},
-	"backup":          {10, 13, 16, 18, 20, 23, 24},
-	"list":            {10, 13, 14, 16, 20},
-	"show":            {10, 13, 14, 16, 20},
-	"mount":           {10, 13, 16, 17, 19, 20},
+	"repo init":       {12, 20, 21, 22},
+	"repo info":       {10, 12, 13, 16, 20},
+	"repo check":      {10, 12, 13, 16, 20},
+	"repo key list":   {10, 12, 13, 16, 20},
+	"repo key add":    {10, 12, 13, 16, 20},
+	"repo key remove": {10, 12, 13, 16, 20},
+	"repo key export": {10, 12, 13, 16, 20},
+	"backup":          {10, 12, 13, 16, 18, 20, 23, 24},
+	"list":            {10, 12, 13, 14, 16, 20},
+	"show":            {10, 12, 13, 14, 16, 20},
+	"mount":           {10, 12, 13, 16, 17, 19, 20},
 	"umount":          {19},
-	"thaw":            {10, 13, 14, 15, 16, 17, 18, 19, 20},
-	"restore":         {10, 13, 14, 15, 16, 17, 18, 20},
+	"thaw":            {10, 12, 13, 14, 15, 16, 17, 18, 19, 20},
+	"restore":         {10, 12, 13, 14, 15, 16, 17, 18, 20},
 	"overlay status":  {17},
-	"overlay resume":  {10, 13, 14, 16, 17, 19, 20},
+	"overlay resume":  {10, 12, 13, 14, 16, 17, 19, 20},
 	"overlay finish":  {16, 17, 19, 20},
 	"overlay discard": {17, 19},
-	"overlay serve":   {10, 13, 14, 16, 17, 19, 20},
-	"wal stream":      {10, 13, 16, 18, 20, 23, 24},
-	"wal push":        {10, 13, 16, 20, 23, 24},
-	"wal list":        {10, 13, 14, 16, 20},
+	"overlay serve":   {10, 12, 13, 14, 16, 17, 19, 20},
+	"wal stream":      {10, 12, 13, 16, 18, 20, 23, 24},
+	"wal push":        {10, 12, 13, 16, 20, 23, 24},
+	"wal list":        {10, 12, 13, 14, 16, 20},
 }
 
 // exitCodes lists the codes of a command, "0, 1, 2, 21 and 130".

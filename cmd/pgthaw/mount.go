@@ -46,7 +46,11 @@ func mount(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := openRepository(c)
+	open := openUnattended // the daemon opens it once more
+	if c.Bool("foreground") {
+		open = openRepository
+	}
+	r, err := open(c)
 	if err != nil {
 		return err
 	}
@@ -105,7 +109,11 @@ func spawnMount(c *cli.Context, repoURL, dir string) error {
 		}
 		defer log.Close()
 	}
-	args := append(loggingArgs(c), "--repo", repoURL, "mount", "--foreground", "--as-user", c.String("as-user"))
+	args, err := daemonArgs(c)
+	if err != nil {
+		return err
+	}
+	args = append(args, "--repo", repoURL, "mount", "--foreground", "--as-user", c.String("as-user"))
 	if c.Bool("allow-other") {
 		args = append(args, "--allow-other")
 	}

@@ -101,7 +101,7 @@ func overlayServe(c *cli.Context) error {
 		return err
 	}
 	open := func(ctx context.Context, url string) (*repo.Repository, error) {
-		return repo.Open(ctx, url, repo.Options{Log: logger(c)})
+		return openAt(ctx, c, url)
 	}
 	return announced(c, func(ready func() error) error {
 		return mountFailed(recovery.Serve(c.Context, args[0], open, ready, logger(c)))

@@ -25,7 +25,7 @@ func restoreCommand() *cli.Command {
 func restore(c *cli.Context) error {
 	p := newProgress(c)
 	return recoverBackup(c, p, func(ctx context.Context, r *repo.Repository, o recovery.Options) (_ recovery.Result, err error) {
-		if o.RestoreCommand, err = restoreCommandFor(r.URL(), o.Cluster, ""); err != nil {
+		if o.RestoreCommand, err = restoreCommandFor(c, r.URL(), o.Cluster, ""); err != nil {
 			return recovery.Result{}, err
 		}
 		return recovery.Restore(ctx, r, o)
@@ -38,7 +38,7 @@ func recoverBackup(c *cli.Context, p *progress, do func(context.Context, *repo.R
 	if err != nil {
 		return err
 	}
-	r, err := openRepository(c)
+	r, err := openUnattended(c) // restore_command opens it, too
 	if err != nil {
 		return err
 	}

@@ -4,18 +4,25 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+
+	"github.com/urfave/cli/v2"
 )
 
 // restoreCommandFor is the restore_command that fetches a cluster's WAL with this binary. The server runs it with its own
-// environment and working directory, so it names everything outright. With overlay, a data directory, its daemon is asked
+// environment and working directory, so it names everything outright, the key too. With overlay, a data directory, its daemon is asked
 // first: that has the repository open, and may have the right to.
-func restoreCommandFor(repoURL, cluster, overlay string) (string, error) {
+func restoreCommandFor(c *cli.Context, repoURL, cluster, overlay string) (string, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return "", fmt.Errorf("find this program: %w", err)
 	}
-	words := []string{self, "--repo", repoURL, "wal", "fetch"}
+	keys, err := keyArgs(c)
+	if err != nil {
+		return "", err
+	}
+	words := slices.Concat([]string{self, "--repo", repoURL}, keys, []string{"wal", "fetch"})
 	if overlay != "" {
 		dir, err := filepath.Abs(overlay)
 		if err != nil {

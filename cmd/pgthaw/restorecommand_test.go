@@ -1,9 +1,13 @@
 package main
 
 import (
+	"flag"
+	"io"
 	"os/exec"
 	"strings"
 	"testing"
+
+	"github.com/urfave/cli/v2"
 )
 
 func TestShellQuote(t *testing.T) {
@@ -19,11 +23,23 @@ func TestShellQuote(t *testing.T) {
 }
 
 func TestRestoreCommandDoublesPercentSigns(t *testing.T) {
+	app := newApp(io.Discard, io.Discard)
+	set := flag.NewFlagSet("", flag.ContinueOnError)
+	for _, f := range app.Flags {
+		if err := f.Apply(set); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := set.Parse([]string{"--key-file", "/etc/a key", "--passphrase-file", "/etc/50%"}); err != nil {
+		t.Fatal(err)
+	}
+	c := cli.NewContext(app, set, nil)
+	const keys = ` --key-file '/etc/a key' --passphrase-file '/etc/50%%'`
 	for overlay, want := range map[string]string{
-		"":           ` --repo 'file:///50%%25/r' wal fetch main "%f" "%p"`,
-		"/data/50%a": ` --repo 'file:///50%%25/r' wal fetch --overlay '/data/50%%a' main "%f" "%p"`,
+		"":           ` --repo 'file:///50%%25/r'` + keys + ` wal fetch main "%f" "%p"`,
+		"/data/50%a": ` --repo 'file:///50%%25/r'` + keys + ` wal fetch --overlay '/data/50%%a' main "%f" "%p"`,
 	} {
-		got, err := restoreCommandFor("file:///50%25/r", "main", overlay)
+		got, err := restoreCommandFor(c, "file:///50%25/r", "main", overlay)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -106,15 +106,19 @@ func spawnOverlay(c *cli.Context) func(ctx context.Context, dir string) error {
 			return fmt.Errorf("open the daemon's log: %w", err)
 		}
 		defer log.Close()
-		return spawn(ctx, log, append(loggingArgs(c), "overlay", "serve", dir)...)
+		args, err := daemonArgs(c)
+		if err != nil {
+			return err
+		}
+		return spawn(ctx, log, append(args, "overlay", "serve", dir)...)
 	}
 }
 
-// loggingArgs hands the level of logging on to a daemon.
-func loggingArgs(c *cli.Context) []string {
-	args := []string{"--verbose"}
+// daemonArgs hands the level of logging and the key files on to a daemon.
+func daemonArgs(c *cli.Context) ([]string, error) {
+	args, err := keyArgs(c)
 	if c.Bool("trace") {
 		args = append(args, "--trace")
 	}
-	return args
+	return append(args, "--verbose"), err
 }

@@ -25,7 +25,7 @@ func thawCommand() *cli.Command {
 func thaw(c *cli.Context) error {
 	p := newProgress(c)
 	return recoverBackup(c, p, func(ctx context.Context, r *repo.Repository, o recovery.Options) (_ recovery.Result, err error) {
-		if o.RestoreCommand, err = restoreCommandFor(r.URL(), o.Cluster, o.Dir); err != nil {
+		if o.RestoreCommand, err = restoreCommandFor(c, r.URL(), o.Cluster, o.Dir); err != nil {
 			return recovery.Result{}, err
 		}
 		return recovery.Thaw(ctx, r, recovery.ThawOptions{Options: o, Hydrate: c.String("hydrate"), SpawnDaemon: spawnOverlay(c)})

@@ -30,7 +30,7 @@ func walFetch(c *cli.Context) error {
 			return err
 		}
 	}
-	r, err := openRepository(c)
+	r, err := openUnattended(c)
 	if err != nil {
 		return err
 	}

@@ -21,7 +21,7 @@ func walPush(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := openRepository(c)
+	r, err := openUnattended(c)
 	if err != nil {
 		return err
 	}

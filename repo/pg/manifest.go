@@ -40,11 +40,17 @@ type BackupManifest struct {
 	WALRanges        []WALRange
 }
 
-// ParseBackupManifest reads a whole backup_manifest: ReadBackupManifest with the files in the result.
+// ParseBackupManifest reads a whole backup_manifest: ReadBackupManifest with the files in the result. A path that comes
+// twice is an error.
 func ParseBackupManifest(b []byte) (BackupManifest, error) {
 	const shortest = 64 // bytes that no file's line is shorter than
 	files := make([]ManifestFile, 0, min(bytes.Count(b, []byte("\n")), len(b)/shortest))
+	paths := make(map[string]struct{}, cap(files))
 	m, err := ReadBackupManifest(bytes.NewReader(b), func(f ManifestFile) error {
+		if _, twice := paths[f.Path]; twice {
+			return fmt.Errorf("%q comes twice", f.Path)
+		}
+		paths[f.Path] = struct{}{}
 		files = append(files, f)
 		return nil
 	})
@@ -56,9 +62,9 @@ func ParseBackupManifest(b []byte) (BackupManifest, error) {
 }
 
 // ReadBackupManifest reads a backup_manifest to its end as parse_manifest.c does, and hands its files to file one by
-// one, so that a million of them need not be in memory: it keeps 16 bytes of each. A path that is absolute, leaves the
-// data directory or comes twice is an error. The manifest's own checksum is known only at the end: what file was given
-// counts for nothing unless the error is nil. The result has no Files.
+// one, so that a million of them need not be in memory. A path that is absolute or leaves the data directory is an
+// error; whether one comes twice is for file to notice. The manifest's own checksum is known only at the end: what file
+// was given counts for nothing unless the error is nil. The result has no Files.
 func ReadBackupManifest(r io.Reader, file func(ManifestFile) error) (BackupManifest, error) {
 	m, err := readBackupManifest(r, file)
 	if err != nil {
@@ -69,7 +75,7 @@ func ReadBackupManifest(r io.Reader, file func(ManifestFile) error) (BackupManif
 
 func readBackupManifest(src io.Reader, file func(ManifestFile) error) (BackupManifest, error) {
 	lines := &manifestLines{src: src, sum: sha256.New()}
-	r := manifestReader{dec: json.NewDecoder(lines), emit: file, seen: make(map[[16]byte]struct{})}
+	r := manifestReader{dec: json.NewDecoder(lines), emit: file}
 	r.dec.DisallowUnknownFields()
 	if err := r.object(r.member); err != nil {
 		return BackupManifest{}, err
@@ -95,6 +101,10 @@ func readBackupManifest(src io.Reader, file func(ManifestFile) error) (BackupMan
 	return r.m, nil
 }
 
+// maxManifestLines bounds two lines of a manifest together, hence what a token takes in memory. A path has at most
+// MAXPGPATH bytes, 1024.
+const maxManifestLines = 1 << 20
+
 // manifestLines sums all lines but the last, which holds the sum, as they are read.
 type manifestLines struct {
 	src     io.Reader
@@ -111,6 +121,9 @@ func (l *manifestLines) Read(p []byte) (int, error) {
 		l.invalid = l.invalid || !utf8.Valid(l.last[:start])
 		l.sum.Write(l.last[:start])
 		l.last = append(l.last[:0], l.last[start:]...)
+	}
+	if len(l.last) > maxManifestLines {
+		return 0, fmt.Errorf("lines of over %d bytes", maxManifestLines)
 	}
 	return n, err
 }
@@ -131,8 +144,7 @@ type manifestReader struct {
 	dec      *json.Decoder
 	emit     func(ManifestFile) error
 	m        BackupManifest
-	seen     map[[16]byte]struct{} // halves of the paths' SHA-256s: a fifth of the paths' memory
-	listed   bool                  // Files has been read
+	listed   bool // Files has been read
 	checksum string
 }
 
@@ -217,11 +229,6 @@ func (r *manifestReader) file() error {
 	if err != nil {
 		return fmt.Errorf("%q: %w", path, err)
 	}
-	digest := sha256.Sum256([]byte(path))
-	if _, twice := r.seen[[16]byte(digest[:])]; twice {
-		return fmt.Errorf("%q comes twice", path)
-	}
-	r.seen[[16]byte(digest[:])] = struct{}{}
 	return r.emit(f)
 }
 

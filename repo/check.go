@@ -100,6 +100,7 @@ type checker struct {
 
 	clusters []*checkedCluster // by name
 	maps     *mapChecker
+	allRead  bool // every byte of every pack
 
 	bytes atomic.Int64 // of done, while packs and WAL objects are read
 

@@ -177,7 +177,7 @@ func (k checkedRepo) chunk(t testing.TB, m *Manifest, name string, i int) Ref {
 var depths = []struct {
 	name string
 	o    CheckOptions
-}{{"structure", CheckOptions{}}, {"maps", CheckOptions{Maps: true}}, {"data", CheckOptions{ReadData: true}}}
+}{{"structure", CheckOptions{}}, {"maps", CheckOptions{Maps: true}}, {"read-data", CheckOptions{ReadData: true}}}
 
 // summary is what a finding says but for the words: "<object> hits A:1,B:2 window <from>-<to> of A".
 func (k checkedRepo) summary(f Finding) string {
@@ -271,7 +271,7 @@ func TestCheckSaysWhatDamageCosts(t *testing.T) {
 				var got []string
 				for _, f := range found {
 					got = append(got, k.summary(f))
-					if !errors.Is(f.Err, ErrCorrupt) || f.Cost == "" && f.Window == nil {
+					if !errors.Is(f.Err, ErrCorrupt) || f.Cost == "" && f.Window == nil || strings.Contains(f.Cost, "--"+depth.name) {
 						t.Errorf("%s: %v; cost %q", depth.name, f.Err, f.Cost)
 					}
 				}
@@ -447,11 +447,26 @@ func TestCheckWithoutArchiving(t *testing.T) {
 		k.remove(t, walKey("main", testSegment(1, no)))
 	}
 	found, _ := k.check(t, CheckOptions{Maps: true})
-	if len(found) != 1 || k.summary(found[0]) != "note "+walKey("main", testSegment(1, 5))+" 0/500000 to 0/900100 of A" {
+	if len(found) != 1 || k.summary(found[0]) != "note wal/main/" {
 		t.Errorf("found %+v", found)
 	}
 	k.remove(t, walKey("main", testSegment(1, 4)))
 	if found, _ = k.check(t, CheckOptions{}); len(found) != 1 || found[0].Note {
+		t.Errorf("found %+v", found)
+	}
+}
+
+// TestCheckWALAlone damages the WAL of a cluster of which there is nothing else, not even how large its segments are.
+func TestCheckWALAlone(t *testing.T) {
+	k := newCheckedRepo(t)
+	for _, m := range []*Manifest{k.a, k.b} {
+		k.remove(t, manifestKey("main", m.ID))
+		k.remove(t, packListKey("main", m.ID))
+	}
+	k.remove(t, clusterKey("main"))
+	k.edit(t, walKey("main", testSegment(1, 9)), flipAt(-5))
+	found, _ := k.check(t, CheckOptions{ReadData: true})
+	if len(found) != 2 || k.summary(found[0]) != "clusters/main" || k.summary(found[1]) != walKey("main", testSegment(1, 9)) {
 		t.Errorf("found %+v", found)
 	}
 }

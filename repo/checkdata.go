@@ -105,8 +105,28 @@ func (c *checker) walResult(ctx context.Context, cl *checkedCluster, name pg.WAL
 
 // readData verifies every byte of the packs and WAL objects of the sample, each once and from its beginning to its end.
 func (c *checker) readData(ctx context.Context) error {
-	var packs []*checkedPack
-	var total int64
+	packs, total := c.sample()
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, p := range packs {
+		c.progress("read data", c.bytes.Load(), total)
+		g.Go(func() error { return c.readPack(gctx, p) })
+	}
+	for cl, name := range c.walObjects {
+		if c.readsWAL(cl, name) {
+			c.progress("read data", c.bytes.Load(), total)
+			c.done.WALRead++
+			g.Go(func() error { return c.readWAL(gctx, cl, name) })
+		}
+	}
+	err := g.Wait()
+	c.done.PacksRead, c.done.Bytes = len(packs), c.bytes.Load()
+	c.allRead = err == nil && c.o.Sample.Parts <= 1
+	return err
+}
+
+// sample gives the packs that are to be read, and how many bytes these and the WAL objects to be read have.
+func (c *checker) sample() (packs []*checkedPack, total int64) {
 	for _, p := range c.packsByNo() {
 		if p.stored >= 0 && c.o.Sample.has(p.id.key()) {
 			packs = append(packs, p)
@@ -118,33 +138,15 @@ func (c *checker) readData(ctx context.Context) error {
 			total += cl.wal.sizes[name]
 		}
 	}
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	read := func(size int64, do func() error) {
-		c.progress("read data", c.bytes.Load(), total)
-		g.Go(func() error {
-			err := do()
-			if err == nil {
-				c.bytes.Add(size)
-			}
-			return err
-		})
+	return packs, total
+}
+
+func (c *checker) readWAL(ctx context.Context, cl *checkedCluster, name pg.WALName) error {
+	_, err := c.r.WAL(ctx, cl.name, name)
+	if err == nil {
+		c.bytes.Add(cl.wal.sizes[name])
 	}
-	for _, p := range packs {
-		read(0, func() error { return c.readPack(gctx, p) })
-	}
-	for cl, name := range c.walObjects {
-		if c.readsWAL(cl, name) {
-			c.done.WALRead++
-			read(cl.wal.sizes[name], func() error {
-				_, err := c.r.WAL(gctx, cl.name, name)
-				return c.walResult(gctx, cl, name, err)
-			})
-		}
-	}
-	err := g.Wait()
-	c.done.PacksRead, c.done.Bytes = len(packs), c.bytes.Load()
-	return err
+	return c.walResult(ctx, cl, name, err)
 }
 
 // readPack verifies the pieces of a pack. Without a table of contents it verifies the chunks that file maps refer to.

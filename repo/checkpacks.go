@@ -38,6 +38,7 @@ const (
 	costPack    = "Files of these backups cannot be read; repo check --maps names them."
 	costSize    = "Files of these backups cannot be read; repo check --read-data names them."
 	costIndex   = "Files can be read without it, and repo check --read-data tells whether they are whole; but no backup can be made that compares with these: use backup --full."
+	costIntact  = "Every file was read without it; but no backup can be made that compares with these: use backup --full."
 	costNothing = "No backup needs it."
 )
 
@@ -267,7 +268,10 @@ func (c *checker) reportPacks(ctx context.Context) error {
 			d.hits = users[p.id]
 		}
 		if d.cost == costNothing && len(d.hits) > 0 {
-			d.cost = costSize
+			d.cost = costSize // the check broke off before it was known which
+		}
+		if d.pieces == 0 && p.stored >= 0 && c.allRead {
+			d.cost = costIntact
 		}
 		c.report(Finding{Object: p.id.key(), Err: d.summary(), Cost: d.cost, Backups: d.hits})
 	}

@@ -156,15 +156,29 @@ func (w *clusterWAL) check(ctx context.Context) error {
 			return err
 		}
 	}
+	unarchived := false
 	for _, tli := range w.timelines() {
 		l := w.line(tli)
+		archives := w.archives(l)
 		for _, g := range w.findGaps(l) {
-			if err := w.reportGap(ctx, g); err != nil {
+			if !archives && !w.needed(g) {
+				unarchived = true
+			} else if err := w.reportGap(ctx, g); err != nil {
 				return err
 			}
 		}
 	}
+	if unarchived {
+		w.c.report(Finding{Object: walPrefix(w.cl.name), Cluster: w.cl.name, Note: true,
+			Err:  fmt.Errorf("the repository has no WAL of %s but that of the backups themselves", w.cl.name),
+			Cost: "Nothing can be recovered to a time between one backup and the next."})
+	}
 	return nil
+}
+
+// needed tells whether a backup needs a segment that lies in a gap.
+func (w *clusterWAL) needed(g walGap) bool {
+	return slices.ContainsFunc(w.on(g.line), func(b backupRange) bool { return b.first <= g.last && b.end > g.first })
 }
 
 // sort orders segments by number. A partial segment stands in for a whole one that never came if its timeline ended there.
@@ -216,7 +230,7 @@ func (w *clusterWAL) readHistories(ctx context.Context) error {
 		}
 		if err != nil {
 			w.unread[name.Timeline] = true
-			w.reportHistory(name.Timeline, err)
+			w.reportHistory(name.Timeline, name.Timeline, err)
 		}
 		if err := unanswered(ctx, err); err != nil {
 			return err
@@ -241,18 +255,19 @@ func (w *clusterWAL) checkHistories() {
 			continue
 		}
 		key := walKey(w.cl.name, pg.WALName{Kind: pg.WALHistory, Timeline: tli})
-		w.reportHistory(tli, corrupt(key, "it is missing, although there is something of timeline %s", known[len(known)-1]))
+		w.reportHistory(tli, tli-1, corrupt(key, "it is missing, although there is something of timeline %s", known[len(known)-1]))
 		return
 	}
 }
 
-// reportHistory reports a history file without which recovery does not find its way to a timeline.
-func (w *clusterWAL) reportHistory(tli pg.Timeline, err error) {
+// reportHistory reports a history file without which recovery does not find its way to a timeline, not from backups of
+// timelines up to newest.
+func (w *clusterWAL) reportHistory(tli, newest pg.Timeline, err error) {
 	f := Finding{Object: walKey(w.cl.name, pg.WALName{Kind: pg.WALHistory, Timeline: tli}), Cluster: w.cl.name, Err: err,
 		Cost: fmt.Sprintf("These backups cannot be recovered to timeline %s or later, and not at all unless --timeline names an earlier one. "+
 			"Push the file again from a server's pg_wal.", tli)}
 	for _, m := range w.cl.backups {
-		if m.Timeline <= tli {
+		if m.Timeline <= newest {
 			f.Backups = append(f.Backups, Affected{Cluster: m.Cluster, Backup: m.ID})
 		}
 	}
@@ -388,6 +403,9 @@ func (w *clusterWAL) nameOf(l walLine, no uint64) pg.WALName {
 
 // knownMissing tells whether a WAL file lies in a gap that was reported.
 func (w *clusterWAL) knownMissing(name pg.WALName) bool {
+	if len(w.gaps) == 0 {
+		return false // and the size of segments may not be known
+	}
 	no, err := name.SegmentNo(w.cl.size)
 	return err == nil && slices.ContainsFunc(w.gaps, func(g walGap) bool {
 		return g.first <= no && no <= g.last && w.nameOf(g.line, no) == name
@@ -408,10 +426,6 @@ func (w *clusterWAL) reportGap(ctx context.Context, g walGap) error {
 		err = corrupt(key, "it and all up to %s, %d segments, are missing", last, g.last-g.first+1)
 	}
 	f, unread := w.cost(ctx, g, key, err)
-	if len(f.Backups) == 0 && !w.archives(g.line) {
-		f.Note = true
-		f.Err = fmt.Errorf("the WAL from %s to %s was not archived: the repository has only the WAL of the backups themselves", first, last)
-	}
 	w.c.report(f)
 	return unread
 }
@@ -510,6 +524,10 @@ func (w *clusterWAL) lastCommit(ctx context.Context, g walGap) (time.Time, error
 func (w *clusterWAL) damaged(ctx context.Context, name pg.WALName, err error) error {
 	key := walKey(w.cl.name, name)
 	f := Finding{Object: key, Cluster: w.cl.name, Err: err, Cost: costNothing}
+	if len(w.backups) == 0 { // and the size of segments may not be known
+		w.c.report(f)
+		return nil
+	}
 	no, notSegment := name.SegmentNo(w.cl.size)
 	for _, tli := range w.timelines() {
 		g := walGap{w.line(tli), no, no}

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -109,6 +110,7 @@ func repoCheck(c *cli.Context) error {
 	out := checkJSON{Findings: []findingJSON{}, Notes: []findingJSON{}}
 	done, err := r.Check(c.Context, o, out.add)
 	p.done()
+	out.sort()
 	out.count(done, o.Sample)
 	if c.Bool("json") {
 		err = firstOf(err, printJSON(c.App.Writer, out))
@@ -148,6 +150,13 @@ func (k *checkJSON) add(f repo.Finding) {
 		k.Notes = append(k.Notes, j)
 	} else {
 		k.Findings = append(k.Findings, j)
+	}
+}
+
+// sort puts what is found in the order of keys: WAL objects are read several at a time.
+func (k *checkJSON) sort() {
+	for _, list := range [][]findingJSON{k.Findings, k.Notes} {
+		slices.SortStableFunc(list, func(a, b findingJSON) int { return strings.Compare(a.Object, b.Object) })
 	}
 }
 

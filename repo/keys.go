@@ -216,6 +216,7 @@ func (r *Repository) KeySlots(ctx context.Context) ([]KeySlot, error) {
 		}
 		slot, err := r.keySlot(ctx, o.Key)
 		switch {
+		case errors.Is(err, store.ErrNotExist): // removed since it was listed
 		case err != nil:
 			bad = append(bad, err)
 		default:

@@ -180,6 +180,9 @@ func TestMemoryOfManyFiles(t *testing.T) {
 		b, err := writing(t, r, prior, func(w *BackupWriter) error {
 			// What is there once: packs, a pool's buffers.
 			err := errors.Join(w.Mkdir("pgdata/base/4", Entry{}), create(w, "pgdata/base/4/1"), w.CloseDir("pgdata/base/4"))
+			for deadline := time.Now().Add(10 * time.Second); !begun(&w.packs.meta) && time.Now().Before(deadline); {
+				time.Sleep(time.Millisecond)
+			}
 			before = liveHeap()
 			for i := range files {
 				err = errors.Join(err, create(w, fmt.Sprintf("pgdata/base/5/%d", 16384+i)))
@@ -204,6 +207,13 @@ func TestMemoryOfManyFiles(t *testing.T) {
 		}
 		prior = b
 	}
+}
+
+// begun says whether a worker has put a piece into a pack of the packer.
+func begun(p *packer) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.buf != nil
 }
 
 // liveHeap is what is reachable, in bytes.

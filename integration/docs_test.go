@@ -89,12 +89,12 @@ func thawAgain(dir string) string {
 	return "pgthaw thaw main latest --target " + dir + " --hydrate off"
 }
 
+// newSegment ends a segment of WAL, and names it.
+const newSegment = `segment=$(psql -Atc "SELECT pg_walfile_name(pg_current_wal_lsn())"); psql -c "SELECT pg_switch_wal()"`
+
 // TestCommandLinePageRuns runs every command of docs/cli.md, as the page has it.
 func TestCommandLinePageRuns(t *testing.T) {
-	const (
-		newSegment = `segment=$(psql -Atc "SELECT pg_walfile_name(pg_current_wal_lsn())"); psql -c "SELECT pg_switch_wal()"`
-		anySegment = `segment=$(pgthaw wal list main --json | grep -m 1 '"first"' | cut -d '"' -f 4)`
-	)
+	const anySegment = `segment=$(pgthaw wal list main --json | grep -m 1 '"first"' | cut -d '"' -f 4)`
 	runPage(t, "cli.md", []documented{
 		{line: "pgthaw list", before: "pgthaw repo init ~/first; export PGTHAW_REPO=~/first"},
 		{line: "pgthaw repo init [URL]"},
@@ -136,7 +136,13 @@ func TestOperationsPageRuns(t *testing.T) {
 		{line: "pgthaw wal list CLUSTER", before: "pgthaw backup main"},
 		{line: "pgthaw overlay resume DIR", before: thawAgain("~/data") + killDaemon, with: data},
 		{line: "pg_ctl start -D DIR", with: data, and: start},
-		{line: "pgthaw repo check --read-data", before: "pg_ctl stop -D ~/data; pgthaw overlay discard ~/data"},
+		{line: "pgthaw repo check --read-data=5%", before: "pg_ctl stop -D ~/data; pgthaw overlay discard ~/data"},
+		{line: "pgthaw repo check --read-data"},
+		{line: "pgthaw repo check"},
+		{line: "pgthaw repo check --read-data"},
 		{line: "pgthaw backup CLUSTER --full"},
+		{line: "pgthaw backup CLUSTER --full"},
+		{line: "pgthaw wal push", before: newSegment, and: "main $PGDATA/pg_wal/$segment"},
+		{line: "pgthaw repo info"},
 	})
 }

@@ -368,6 +368,7 @@ func TestArchiverIsContent(t *testing.T) {
 			a.cluster.pgbench("--client", "2", "--transactions", "300")
 			r := a.Replica()
 			a.fillSegments(2)
+			r.waitReplayed(a.cluster)
 			a.Stop()
 			r.SQL("SELECT pg_promote()")
 			r.fillSegments(2)

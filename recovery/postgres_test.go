@@ -1,6 +1,7 @@
 package recovery
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,9 +11,11 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -174,7 +177,7 @@ func (s *source) command(name string, args ...string) *exec.Cmd {
 
 func (s *source) run(name string, args ...string) string {
 	s.t.Helper()
-	out, err := s.command(name, args...).CombinedOutput()
+	out, err := combinedOutput(s.command(name, args...))
 	if err != nil {
 		s.t.Fatalf("%s: %v\n%s", name, err, out)
 	}
@@ -193,6 +196,36 @@ func (s *source) configure(lines ...string) {
 	}
 }
 
+// children are started by one thread that lasts as long as the tests do: Pdeathsig comes when the thread that started a
+// child ends, not the process, and what is tested ends threads on which it took another user's rights.
+var children = sync.OnceValue(func() chan<- func() {
+	starts := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for start := range starts {
+			start()
+		}
+	}()
+	return starts
+})
+
+func startChild(cmd *exec.Cmd) error {
+	done := make(chan error)
+	children() <- func() { done <- cmd.Start() }
+	return <-done
+}
+
+// combinedOutput is exec.Cmd's, of a child that startChild started.
+func combinedOutput(cmd *exec.Cmd) ([]byte, error) {
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := startChild(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	return out.Bytes(), err
+}
+
 func (s *source) start(args ...string) {
 	s.t.Helper()
 	log, err := os.OpenFile(filepath.Join(s.top, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
@@ -202,7 +235,7 @@ func (s *source) start(args ...string) {
 	defer log.Close()
 	s.cmd = s.command("postgres", append([]string{"-D", s.data}, args...)...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
-	if err := s.cmd.Start(); err != nil {
+	if err := startChild(s.cmd); err != nil {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(s.stop)

@@ -358,7 +358,7 @@ func TestRestoreInterrupted(t *testing.T) {
 	if _, err := Restore(ctx, s.repo, o); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "incomplete") {
 		t.Errorf("interrupted: %v", err)
 	}
-	if out, err := s.command("postgres", "-D", o.Dir).CombinedOutput(); err == nil {
+	if out, err := combinedOutput(s.command("postgres", "-D", o.Dir)); err == nil {
 		t.Errorf("half a restore started: %s", out)
 	}
 	if _, err := Restore(t.Context(), s.repo, o); !errors.Is(err, ErrTargetDir) || !strings.Contains(err.Error(), "interrupted restore") {

@@ -181,7 +181,7 @@ func TestThawKilledDaemon(t *testing.T) {
 	}
 	_ = syscall.Kill(res.PID, syscall.SIGQUIT)
 	endServer(t, res)
-	if out, err := s.command("postgres", "-D", res.Target).CombinedOutput(); err == nil {
+	if out, err := combinedOutput(s.command("postgres", "-D", res.Target)); err == nil {
 		t.Errorf("a server started under a dead mount: %s", out)
 	}
 	if err := Resume(t.Context(), res.Target, d.spawn); err != nil {
@@ -203,7 +203,7 @@ func TestThawKilledDaemon(t *testing.T) {
 	if st := status(t, res.Target); st.State != stateLost || st.BytesHydrated >= st.BytesTotal {
 		t.Errorf("%+v", st)
 	}
-	if out, err := s.command("postgres", "-D", res.Target).CombinedOutput(); err == nil || !bytes.Contains(out, []byte("PG_VERSION")) {
+	if out, err := combinedOutput(s.command("postgres", "-D", res.Target)); err == nil || !bytes.Contains(out, []byte("PG_VERSION")) {
 		t.Errorf("a server on the bare directory: %s", out)
 	}
 	if err := Resume(t.Context(), res.Target, d.spawn); err != nil {

@@ -13,6 +13,7 @@ var (
 	ErrNoCluster        = errors.New("no such cluster in the repository")
 	ErrOtherCluster     = errors.New("this name belongs to another PostgreSQL cluster")
 	ErrNoBackup         = errors.New("no such backup")
+	ErrGivenUp          = errors.New("a prune gave this operation up, because no sign of life came from it for a day")
 	ErrNoWAL            = errors.New("no such WAL file in the repository")
 	ErrWALConflict      = errors.New("another WAL file of the same name is in the repository")
 	ErrCorrupt          = errors.New("repository damaged")
@@ -23,6 +24,9 @@ var (
 	ErrLastKey          = errors.New("the last key of the repository cannot be removed: nobody could open it any more")
 	ErrNotEncrypted     = errors.New("a key is given, but the repository says that it is not encrypted")
 )
+
+// ErrDeleted is an ErrNoBackup.
+var ErrDeleted = fmt.Errorf("%w any more: it was deleted", ErrNoBackup)
 
 // CorruptError says which object cannot be believed. Its errors.Is is ErrCorrupt.
 type CorruptError struct {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
-	"strings"
 	"time"
 
 	"pgthaw/repo/pg"
@@ -84,6 +83,8 @@ func packListKey(cluster, id string) string { return backupsPrefix(cluster) + id
 
 var backupID = regexp.MustCompile(`^[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9a-f]{4}$`)
 
+const backupIDLength = len("20060102T150405.000Z-0000")
+
 // newBackupID makes the name of a backup that starts now; names sort by time.
 func newBackupID(now time.Time, salt [2]byte) string {
 	return fmt.Sprintf("%s-%x", now.UTC().Format("20060102T150405.000Z"), salt)
@@ -113,17 +114,14 @@ func (r *Repository) Backups(ctx context.Context, cluster string) ([]*Manifest, 
 
 // BackupIDs lists the ids of a cluster's backups, oldest first. It is one listing; no manifest is read.
 func (r *Repository) BackupIDs(ctx context.Context, cluster string) ([]string, error) {
+	all, err := r.storedBackups(ctx, backupsPrefix(cluster))
 	var ids []string
-	for o, err := range r.store.List(ctx, backupsPrefix(cluster)) {
-		if err != nil {
-			return nil, fmt.Errorf("list backups of %s: %w", cluster, err)
-		}
-		id, ok := strings.CutSuffix(strings.TrimPrefix(o.Key, backupsPrefix(cluster)), manifestSuffix)
-		if ok && backupID.MatchString(id) {
-			ids = append(ids, id)
+	for _, b := range all {
+		if b.listed() {
+			ids = append(ids, b.Backup)
 		}
 	}
-	return ids, nil
+	return ids, err
 }
 
 // Latest stands for the newest backup of a cluster.
@@ -142,8 +140,11 @@ func (r *Repository) resolveBackup(ctx context.Context, cluster, id string) (str
 	if _, err := r.Cluster(ctx, cluster); err != nil {
 		return "", err
 	}
+	if backupID.MatchString(id) {
+		return id, r.undeleted(ctx, BackupName{cluster, id})
+	}
 	if id != Latest {
-		return id, nil
+		return "", fmt.Errorf("%s %s: %w", cluster, id, ErrNoBackup)
 	}
 	ids, err := r.BackupIDs(ctx, cluster)
 	if err != nil {
@@ -171,9 +172,6 @@ func (r *Repository) readManifest(ctx context.Context, cluster, id string) (*Man
 }
 
 func (r *Repository) fetchManifest(ctx context.Context, cluster, id string) ([]byte, *Manifest, error) {
-	if !backupID.MatchString(id) {
-		return nil, nil, fmt.Errorf("%s %s: %w", cluster, id, ErrNoBackup)
-	}
 	key := manifestKey(cluster, id)
 	b, err := r.get(ctx, key, 0, -1)
 	if errors.Is(err, store.ErrNotExist) {

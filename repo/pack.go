@@ -2,6 +2,7 @@ package repo
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -15,8 +16,17 @@ import (
 	"pgthaw/repo/store"
 )
 
-// PackID names a pack. It is random, chosen before the pack is written.
+// PackID names a pack: 8 random bytes, chosen before the pack is written, and the ID of the session that writes it.
 type PackID [16]byte
+
+func newPackID(by SessionID) (id PackID) {
+	rand.Read(id[:8])
+	copy(id[8:], by[:])
+	return id
+}
+
+// by is the session that wrote the pack.
+func (id PackID) by() SessionID { return SessionID(id[8:]) }
 
 func (id PackID) String() string { return hex.EncodeToString(id[:]) }
 
@@ -171,6 +181,7 @@ type packer struct {
 // packWriters are the packers of one writer. Uploads of full packs run beside the packing, a few at a time.
 type packWriters struct {
 	r       *Repository
+	session SessionID
 	ctx     context.Context
 	uploads *errgroup.Group
 	stored  atomic.Int64 // bytes put
@@ -184,8 +195,8 @@ type packWriters struct {
 
 type packSize struct{ size, toc uint32 }
 
-func newPackWriters(ctx context.Context, r *Repository) *packWriters {
-	w := &packWriters{r: r, done: map[PackID]packSize{}}
+func newPackWriters(ctx context.Context, r *Repository, session SessionID) *packWriters {
+	w := &packWriters{r: r, session: session, done: map[PackID]packSize{}}
 	w.uploads, w.ctx = errgroup.WithContext(ctx)
 	w.uploads.SetLimit(2)
 	w.data = packer{w: w, class: classData, size: dataPackSize}
@@ -227,7 +238,7 @@ func (p *packer) add(kind byte, content []byte, id ID, digests []byte) (Ref, err
 
 // begin starts a pack. Caller holds mu.
 func (p *packer) begin() {
-	p.id = PackID(newSalt())
+	p.id = newPackID(p.w.session)
 	p.sealer = p.w.r.packSealer(p.id)
 	p.buf = make([]byte, 0, p.size+p.size/16)
 	p.buf = append(p.buf, p.w.r.seals.header(kindPack, [8]byte{p.class}, salt(p.id))...)

@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"pgthaw/repo/pg"
-	"pgthaw/repo/store"
 )
 
 // BackupOptions of WriteBackup. The zero value works.
@@ -27,24 +26,19 @@ type BackupOptions struct {
 
 // WriteBackup runs fn, which writes the backup's files and returns what it knows of the manifest, and publishes the
 // backup when fn returns nil: packs first, the manifest last. When fn fails, or ctx ends, nothing becomes visible and
-// what was written is deleted again.
+// what was written is deleted again. ErrGivenUp: the backup may exist, but cannot be relied on.
 func (r *Repository) WriteBackup(ctx context.Context, cluster string, o BackupOptions, fn func(context.Context, *BackupWriter) (Manifest, error)) (*Manifest, error) {
 	if _, err := r.Cluster(ctx, cluster); err != nil {
 		return nil, err
 	}
-	w, err := r.newBackupWriter(ctx, o)
+	session, err := r.begin(ctx, o.session(cluster))
 	if err != nil {
 		return nil, err
 	}
-	m, packList, err := w.write(cluster, fn)
-	if err == nil {
-		err = r.putPackList(ctx, m, packList)
-	}
+	defer session.leave() // it protects what is published until listings are sure to show that; prune cleans up
+	m, err := r.prepareBackup(ctx, session, o, fn)
 	if err != nil {
-		if left := w.abandon(context.WithoutCancel(ctx)); left != nil {
-			return nil, errors.Join(err, left)
-		}
-		return nil, fmt.Errorf("%w; no backup was made, and nothing of it is left in the repository", err)
+		return nil, err
 	}
 	body, err := marshalDocument(m)
 	if err != nil {
@@ -55,7 +49,43 @@ func (r *Repository) WriteBackup(ctx context.Context, cluster string, o BackupOp
 	if err := r.store.Put(ctx, key, r.sealDocument(key, body)); err != nil {
 		return nil, fmt.Errorf("publish backup %s: %w", m.ID, err)
 	}
+	if err := session.rely(ctx); err != nil {
+		return nil, fmt.Errorf("backup %s was published, but cannot be relied on: %w", m.ID, err)
+	}
 	return m, nil
+}
+
+// session describes the session of a backup that is about to begin.
+func (o BackupOptions) session(cluster string) SessionInfo {
+	var salt [2]byte
+	rand.Read(salt[:])
+	info := SessionInfo{Operation: "backup", Makes: []BackupName{{cluster, newBackupID(time.Now(), salt)}}}
+	if o.Prior != nil {
+		info.Uses = []BackupName{{o.Prior.Manifest.Cluster, o.Prior.Manifest.ID}}
+	}
+	return info
+}
+
+// prepareBackup writes all that comes before the manifest, or leaves nothing of it, and of the session.
+func (r *Repository) prepareBackup(ctx context.Context, session *Session, o BackupOptions, fn func(context.Context, *BackupWriter) (Manifest, error)) (*Manifest, error) {
+	w, err := r.newBackupWriter(ctx, session.Info.ID, o)
+	if err != nil {
+		return nil, errors.Join(err, session.End(context.WithoutCancel(ctx)))
+	}
+	m, packList, err := w.write(session.Info.Makes[0], fn)
+	if err == nil {
+		err = w.checkWAL(m)
+	}
+	if err == nil {
+		err = r.putPackList(ctx, m, packList)
+	}
+	if err == nil {
+		return m, nil
+	}
+	if left := w.abandon(context.WithoutCancel(ctx), session); left != nil { // prune does it when the session shows no sign of life
+		return nil, errors.Join(err, left)
+	}
+	return nil, fmt.Errorf("%w; no backup was made, and nothing of it is left in the repository", err)
 }
 
 // BackupWriter writes the files of one backup. Its methods are called by one goroutine at a time; hashing, comparing
@@ -71,21 +101,22 @@ type BackupWriter struct {
 	bytes   int64                 // of them
 	open    *FileWriter
 	live    liveBytes
-	base    context.Context // the caller's
-	ctx     context.Context // base, ended by the first failure of a worker and when all are done
+	wal     map[pg.WALName]bool // WAL objects that files are
+	base    context.Context     // the caller's
+	ctx     context.Context     // base, ended by the first failure of a worker and when all are done
 	workers *errgroup.Group
 	windows chan window
 	buffers chan []byte
 }
 
-func (r *Repository) newBackupWriter(ctx context.Context, o BackupOptions) (*BackupWriter, error) {
+func (r *Repository) newBackupWriter(ctx context.Context, session SessionID, o BackupOptions) (*BackupWriter, error) {
 	if o.Workers <= 0 {
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
-	w := &BackupWriter{r: r, base: ctx, index: newChunkIndex(), live: liveBytes{}}
+	w := &BackupWriter{r: r, base: ctx, index: newChunkIndex(), wal: map[pg.WALName]bool{}}
 	w.dirs = map[string]*directory{".": {w: w, name: ".", holders: 1}}
 	w.workers, w.ctx = errgroup.WithContext(ctx)
-	w.packs = newPackWriters(ctx, r)
+	w.packs = newPackWriters(ctx, r, session)
 	if o.Prior != nil {
 		var err error
 		if w.prior, err = openPrior(ctx, r, o.Prior, w.index); err != nil {
@@ -105,15 +136,11 @@ func (r *Repository) newBackupWriter(ctx context.Context, o BackupOptions) (*Bac
 }
 
 // write runs fn and writes all that comes before the manifest. m is never nil.
-func (w *BackupWriter) write(cluster string, fn func(context.Context, *BackupWriter) (Manifest, error)) (*Manifest, []byte, error) {
-	var salt [2]byte
-	rand.Read(salt[:])
-	id := newBackupID(time.Now(), salt)
-
+func (w *BackupWriter) write(name BackupName, fn func(context.Context, *BackupWriter) (Manifest, error)) (*Manifest, []byte, error) {
 	fields, err := fn(w.ctx, w)
 	m := &fields
 	m.document = document{manifestKind, formatVersion}
-	m.ID, m.Cluster = id, cluster
+	m.ID, m.Cluster = name.Backup, name.Cluster
 	if err = w.drain(err); err != nil {
 		return m, nil, err
 	}
@@ -128,7 +155,7 @@ func (w *BackupWriter) write(cluster string, fn func(context.Context, *BackupWri
 	if err != nil {
 		return m, nil, err
 	}
-	list, listID := w.r.encodePackList(packListKey(cluster, id), uses)
+	list, listID := w.r.encodePackList(packListKey(m.Cluster, m.ID), uses)
 	m.Packs = PackListRef{Count: len(uses), ID: listID}
 	m.StoredBytes = w.packs.stored.Load() + int64(len(list))
 	return m, list, nil
@@ -150,21 +177,45 @@ func (w *BackupWriter) drain(fnErr error) error {
 	return fnErr
 }
 
-// abandon deletes the packs of an unsuccessful writer.
-func (w *BackupWriter) abandon(ctx context.Context) error {
+// abandon deletes what an unsuccessful writer put, and then its session: what is left then would be nobody's.
+func (w *BackupWriter) abandon(ctx context.Context, session *Session) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	return w.packs.abandon(ctx)
+	b := session.Info.Makes[0]
+	if err := errors.Join(w.packs.abandon(ctx), w.r.store.Delete(ctx, packListKey(b.Cluster, b.Backup))); err != nil {
+		session.leave()
+		return err
+	}
+	return session.End(ctx)
 }
 
-// putPackList stores the pack list, or leaves nothing of it. One that exists already is another backup's.
-func (r *Repository) putPackList(ctx context.Context, m *Manifest, list []byte) error {
-	key := packListKey(m.Cluster, m.ID)
-	err := r.store.Put(ctx, key, list)
-	if err != nil && !errors.Is(err, store.ErrExist) {
-		err = errors.Join(err, r.store.Delete(context.WithoutCancel(ctx), key))
+// checkWAL makes sure that the WAL objects that the backup refers to are there and stay. No prune that begins later
+// deletes any: it sees the session. So this looks for those under way, and then for what earlier ones have left.
+func (w *BackupWriter) checkWAL(m *Manifest) error {
+	if len(w.wal) == 0 {
+		return nil
 	}
+	sessions, err := w.r.sessions(w.base)
 	if err != nil {
+		return err
+	}
+	for _, s := range sessions {
+		if s.info != nil && s.info.deletesWAL(m) {
+			return fmt.Errorf("a prune on %s, begun at %s, is deleting WAL that this backup needs: repeat the backup when it is done",
+				s.info.Host, s.info.StartedAt)
+		}
+	}
+	for name := range w.wal {
+		key := walKey(m.Cluster, name)
+		if found, err := w.r.exists(w.base, key); err != nil || !found {
+			return errors.Join(err, errorIf(err == nil, fmt.Errorf("%s is gone from the repository", key)))
+		}
+	}
+	return nil
+}
+
+func (r *Repository) putPackList(ctx context.Context, m *Manifest, list []byte) error {
+	if err := r.store.Put(ctx, packListKey(m.Cluster, m.ID), list); err != nil {
 		return fmt.Errorf("write pack list of backup %s: %w", m.ID, err)
 	}
 	return nil
@@ -219,6 +270,7 @@ func (w *BackupWriter) AddWAL(name string, e Entry, wal pg.WALName) error {
 	}
 	e.Mode, e.Link = e.Mode&fs.ModePerm, ""
 	e.content = content{kind: contentWAL, wal: wal}
+	w.wal[wal] = true
 	w.count(e.Size)
 	return parent.add(e)
 }

@@ -1,0 +1,335 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// PruneOptions of Prune.
+type PruneOptions struct {
+	Policy   Policy
+	Clusters []string      // whose backups the policy is about; none: all clusters'
+	Grace    time.Duration // between a backup's deletion and the loss of its bytes
+	Apply    bool          // false: nothing is changed, and the report tells what would be
+
+	Progress func(phase string, done, total int) // in objects; nil: nobody listens
+}
+
+// DefaultGrace is how long a deleted backup can be read on by who opened it before, and how stale a store's listings may be.
+const DefaultGrace = 24 * time.Hour
+
+// PruneReport tells what Prune did, or would do.
+type PruneReport struct {
+	Decisions []Decision   // on the listed backups, by cluster and oldest first
+	Collected []BackupName // deleted at least the grace period ago: their bytes go now
+	Waiting   []BackupName // deleted, whose bytes stay for now: the grace period is not over, or something uses them
+	GivenUp   []SessionInfo
+	// Backups whose manifest is gone, and nobody deleted it: damage. No pack is deleted while there are any.
+	Unexplained []BackupName
+	Packs       PackCount // that go now
+	Dead        PackCount // that nothing refers to any more but that stay for the grace period
+}
+
+// Prune marks the backups as deleted that the policy does not keep, gives up sessions that show no sign of life, and
+// deletes what nothing can refer to any more. Whatever else goes on in the repository meanwhile, and wherever it is
+// interrupted, no listed backup loses anything.
+//
+// The protocol, and why it is safe: docs/format.md, "Sessions and deletion".
+func (r *Repository) Prune(ctx context.Context, o PruneOptions) (*PruneReport, error) {
+	p := &pruner{r: r, o: o, report: &PruneReport{}, now: time.Now(), marked: map[BackupName]bool{}}
+	if p.o.Progress == nil {
+		p.o.Progress = func(string, int, int) {}
+	}
+	if o.Apply {
+		s, err := r.begin(ctx, SessionInfo{Operation: "prune"})
+		if err != nil {
+			return nil, err
+		}
+		p.own = s.Info.ID
+		defer func() { _ = s.End(context.WithoutCancel(ctx)) }() // what is left of it the next prune takes away
+	}
+	for _, step := range []func(context.Context) error{p.retain, p.giveUp, p.reclaim} {
+		if err := step(ctx); err != nil {
+			return p.report, err
+		}
+	}
+	return p.report, nil
+}
+
+type pruner struct {
+	r      *Repository
+	o      PruneOptions
+	own    SessionID
+	report *PruneReport
+	now    time.Time           // by the store's clock, if anything is changed
+	marked map[BackupName]bool // that would be marked, if anything were changed
+}
+
+// retain marks what the policy does not keep.
+func (p *pruner) retain(ctx context.Context) error {
+	clusters, err := p.r.Clusters(ctx)
+	if err != nil {
+		return err
+	}
+	for _, c := range clusters {
+		if len(p.o.Clusters) > 0 && !slices.Contains(p.o.Clusters, c.Name) {
+			continue
+		}
+		backups, err := p.r.Backups(ctx, c.Name)
+		if err != nil {
+			return err
+		}
+		for _, d := range p.o.Policy.Decide(backups, time.Now()) {
+			p.report.Decisions = append(p.report.Decisions, d)
+			if d.Keep {
+				continue
+			}
+			if err := p.mark(ctx, BackupName{c.Name, d.Backup.ID}, "not kept by the retention policy"); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (p *pruner) mark(ctx context.Context, b BackupName, reason string) error {
+	if !p.o.Apply {
+		p.marked[b] = true
+		return nil
+	}
+	return p.r.markDeleted(ctx, b, reason)
+}
+
+// giveUp ends the sessions that showed no sign of life for a day: those that died, those that stand still, and those of
+// published backups, which need no protection any more. One that stands still learns of it when it goes on.
+func (p *pruner) giveUp(ctx context.Context) error {
+	sessions, err := p.r.sessions(ctx)
+	if err != nil {
+		return err
+	}
+	for _, s := range sessions {
+		if s.id == p.own {
+			p.now = s.last
+		}
+	}
+	for _, s := range sessions {
+		if p.now.Sub(s.last) < sessionLife || s.id == p.own {
+			continue
+		}
+		if err := p.giveUpSession(ctx, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// giveUpSession first says that it does, then sees whether the session's backup was published, and if not, marks it as
+// deleted, whether or not it comes later. Only then the session may be forgotten.
+func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
+	if s.info != nil && !p.published(ctx, s.info) {
+		p.report.GivenUp = append(p.report.GivenUp, *s.info)
+	}
+	if !p.o.Apply {
+		return nil
+	}
+	if s.info != nil {
+		if err := p.r.putGivenUp(ctx, s.info); err != nil {
+			return err
+		}
+		for _, b := range s.info.Makes {
+			found, err := p.r.exists(ctx, manifestKey(b.Cluster, b.Backup))
+			if err == nil && !found {
+				err = p.r.markDeleted(ctx, b, fmt.Sprintf("its writer, process %d on %s, showed no sign of life for a day", s.info.PID, s.info.Host))
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return p.r.endSession(ctx, s.id, s.signs)
+}
+
+// published tells whether all that a session makes is there. It is for display.
+func (p *pruner) published(ctx context.Context, s *SessionInfo) bool {
+	for _, b := range s.Makes {
+		if found, err := p.r.exists(ctx, manifestKey(b.Cluster, b.Backup)); err != nil || !found {
+			return false
+		}
+	}
+	return len(s.Makes) > 0
+}
+
+// inventory is what there was in the repository. The order in which it is taken matters: what is listed first can be
+// referred to only by what is listed later, or was there before.
+type inventory struct {
+	packs    map[PackID]*packState
+	sessions map[SessionID]*SessionInfo
+	backups  []*storedBackup
+	used     map[BackupName]bool // by sessions
+	makes    map[BackupName]bool // by sessions
+}
+
+type packState struct {
+	size     int64
+	modified time.Time
+	used     bool
+}
+
+func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
+	i := &inventory{packs: map[PackID]*packState{}, sessions: map[SessionID]*SessionInfo{}, used: map[BackupName]bool{}, makes: map[BackupName]bool{}}
+	for o, err := range p.r.store.List(ctx, packsRoot) {
+		if err != nil {
+			return nil, fmt.Errorf("list packs: %w", err)
+		}
+		if id, ok := packOfKey(o.Key); ok {
+			i.packs[id] = &packState{size: o.Size, modified: o.Modified}
+			p.o.Progress("listing packs", len(i.packs), 0)
+		}
+	}
+	sessions, err := p.r.sessions(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range sessions {
+		i.sessions[s.id] = s.info
+		if s.info != nil {
+			addAll(i.used, s.info.Uses)
+			addAll(i.makes, s.info.Makes)
+		}
+	}
+	i.backups, err = p.r.storedBackups(ctx, backupsRoot)
+	return i, err
+}
+
+func addAll(set map[BackupName]bool, names []BackupName) {
+	for _, n := range names {
+		set[n] = true
+	}
+}
+
+// reclaim deletes what nothing refers to any more: backups that were deleted at least the grace period ago, and then packs.
+func (p *pruner) reclaim(ctx context.Context) error {
+	i, err := p.takeInventory(ctx)
+	if err != nil {
+		return err
+	}
+	var kept []*storedBackup
+	for n, b := range i.backups {
+		p.o.Progress("reading backups", n, len(i.backups))
+		if keep, err := p.collect(ctx, i, b); err != nil {
+			return err
+		} else if keep {
+			kept = append(kept, b)
+		}
+	}
+	for n, b := range kept {
+		p.o.Progress("reading pack lists", n, len(kept))
+		if err := p.markPacks(ctx, i, b); err != nil {
+			return err
+		}
+	}
+	if len(p.report.Unexplained) > 0 {
+		return nil
+	}
+	return p.sweep(ctx, i)
+}
+
+// collect deletes manifest and pack list of a backup whose time has come, or tells that its packs are needed.
+func (p *pruner) collect(ctx context.Context, i *inventory, b *storedBackup) (keep bool, err error) {
+	switch fate := p.fate(i, b); fate {
+	case waits:
+		p.report.Waiting = append(p.report.Waiting, b.BackupName)
+		return b.manifest, nil
+	case unexplained:
+		p.report.Unexplained = append(p.report.Unexplained, b.BackupName)
+		return false, nil
+	case goes:
+		p.report.Collected = append(p.report.Collected, b.BackupName)
+	default:
+		return fate == stays, nil
+	}
+	if !p.o.Apply {
+		return false, nil
+	}
+	return false, errors.Join(
+		p.r.store.Delete(ctx, manifestKey(b.Cluster, b.Backup)),
+		p.r.store.Delete(ctx, packListKey(b.Cluster, b.Backup)))
+}
+
+// fate is what becomes of a backup's objects.
+type fate int
+
+const (
+	nothing     fate = iota // there are none, or a backup is being made
+	stays                   // a listed backup
+	waits                   // it is deleted, but somebody may still read it
+	goes                    // now
+	unexplained             // a pack list without a manifest, and neither a session nor a deletion tells why
+)
+
+func (p *pruner) fate(i *inventory, b *storedBackup) fate {
+	deleted := !b.deleted.IsZero()
+	switch {
+	case b.listed() && !p.marked[b.BackupName]:
+		return stays
+	case !b.manifest && !b.packs, !deleted && i.makes[b.BackupName]:
+		return nothing
+	case !deleted && !b.manifest:
+		return unexplained
+	case i.used[b.BackupName] || len(b.holds) > 0:
+		return waits
+	case b.manifest && (!deleted && p.o.Grace > 0 || deleted && p.now.Sub(b.deleted) < p.o.Grace):
+		return waits
+	}
+	return goes
+}
+
+// markPacks marks the packs that a backup needs. One that cannot be read needs nobody knows what: nothing is deleted then.
+func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) error {
+	m, err := p.r.readManifest(ctx, b.Cluster, b.Backup)
+	if errors.Is(err, ErrNoBackup) && !b.deleted.IsZero() {
+		return nil // another prune collected it meanwhile
+	}
+	var uses []packUse
+	if err == nil {
+		uses, err = p.r.packList(ctx, m)
+	}
+	if err != nil {
+		return fmt.Errorf("nothing was reclaimed, for what backup %s needs is not known: %w", b.BackupName, err)
+	}
+	for _, u := range uses {
+		if s := i.packs[u.pack]; s != nil {
+			s.used = true
+		}
+	}
+	return nil
+}
+
+// sweep deletes the packs that no backup needs, that no session may be about to refer to, and that are older than a
+// listing may be stale.
+func (p *pruner) sweep(ctx context.Context, i *inventory) error {
+	var dead []PackID
+	for id, s := range i.packs {
+		if _, writing := i.sessions[id.by()]; s.used || writing {
+			continue
+		}
+		if p.now.Sub(s.modified) < p.o.Grace {
+			p.report.Dead.add(s.size)
+			continue
+		}
+		dead = append(dead, id)
+	}
+	for n, id := range dead {
+		if p.o.Apply {
+			if err := p.r.store.Delete(ctx, id.key()); err != nil {
+				return fmt.Errorf("delete pack %s: %w", id, err)
+			}
+		}
+		p.report.Packs.add(i.packs[id].size)
+		p.o.Progress("deleting packs", n+1, len(dead))
+	}
+	return nil
+}

@@ -1,0 +1,337 @@
+package repo
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"pgthaw/repo/pg"
+	"pgthaw/repo/store"
+)
+
+// SessionID names a session: 8 random bytes, with which the IDs of the packs that it writes end.
+type SessionID [8]byte
+
+func (id SessionID) String() string { return hex.EncodeToString(id[:]) }
+
+// MarshalText gives 16 hexadecimal digits.
+func (id SessionID) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, id[:]), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (id *SessionID) UnmarshalText(b []byte) error { return decodeHex(id[:], b) }
+
+// BackupName names a backup in the repository.
+type BackupName struct {
+	Cluster string `json:"cluster"`
+	Backup  string `json:"backup"`
+}
+
+func (n BackupName) String() string { return n.Cluster + " " + n.Backup }
+
+// WALFloor says that a prune deletes WAL of a cluster, all of it before an LSN.
+type WALFloor struct {
+	Cluster string `json:"cluster"`
+	Before  pg.LSN `json:"before"`
+}
+
+// SessionInfo describes a session to the others.
+//
+// Format: docs/format.md, "Session".
+type SessionInfo struct {
+	document
+	ID        SessionID    `json:"id"`
+	Operation string       `json:"operation"` // "backup", "restore", "thaw", "prune", "copy"
+	Host      string       `json:"host"`
+	PID       int          `json:"pid"`
+	StartedAt time.Time    `json:"started_at"` // by that host's clock
+	Makes     []BackupName `json:"makes"`      // backups that it may publish
+	Uses      []BackupName `json:"uses"`       // backups that it refers to or reads
+	Floors    []WALFloor   `json:"floors"`     // of a prune
+}
+
+// deletesWAL tells whether WAL of a backup is among what a prune deletes.
+func (i *SessionInfo) deletesWAL(m *Manifest) bool {
+	return slices.ContainsFunc(i.Floors, func(f WALFloor) bool { return f.Cluster == m.Cluster && m.StartLSN < f.Before })
+}
+
+const (
+	sessionKind     = "pgthaw session"
+	sessionsPrefix  = "sessions/"
+	begunSuffix     = ".begun"
+	givenUpSuffix   = ".givenup"
+	signOfLifeEvery = time.Hour
+	// sessionLife is after how long without a sign of life a session is given up.
+	sessionLife = 24 * time.Hour
+)
+
+func (id SessionID) key(suffix string) string { return sessionsPrefix + id.String() + suffix }
+
+// Session is an operation that everybody else who uses the repository knows of: what it uses and what it writes stays
+// until it ends. The protocol: docs/format.md, "Sessions and deletion".
+type Session struct {
+	Info SessionInfo
+	r    *Repository
+
+	stop  context.CancelFunc // ends the signs of life
+	alive sync.WaitGroup
+	sign  int // number of the newest sign of life
+}
+
+// Use announces that an operation reads backups, so that prune leaves them alone until the session is ended. ErrDeleted:
+// one of them is deleted already, or does not exist.
+func (r *Repository) Use(ctx context.Context, operation string, backups ...BackupName) (*Session, error) {
+	return r.begin(ctx, SessionInfo{Operation: operation, Uses: backups})
+}
+
+// begin announces a session, and then makes sure that what it uses is not deleted: prune, the other way round, marks what
+// it deletes and then looks for sessions. So at least one of the two sees the other.
+func (r *Repository) begin(ctx context.Context, info SessionInfo) (*Session, error) {
+	info.document = document{sessionKind, formatVersion}
+	rand.Read(info.ID[:])
+	info.Host, _ = os.Hostname()
+	info.PID = os.Getpid()
+	info.StartedAt = time.Now().UTC().Truncate(time.Second)
+	s := &Session{Info: info, r: r}
+	if err := s.put(ctx, begunSuffix); err != nil {
+		return nil, fmt.Errorf("announce %s: %w", info.Operation, err)
+	}
+	for _, used := range info.Uses {
+		if err := r.undeleted(ctx, used); err != nil {
+			return nil, errors.Join(err, s.End(context.WithoutCancel(ctx)))
+		}
+	}
+	var live context.Context
+	live, s.stop = context.WithCancel(context.WithoutCancel(ctx))
+	s.alive.Go(func() { s.signs(live) })
+	return s, nil
+}
+
+// undeleted gives ErrDeleted for a backup that is marked as deleted.
+func (r *Repository) undeleted(ctx context.Context, b BackupName) error {
+	found, err := r.exists(ctx, deletedKey(b.Cluster, b.Backup))
+	if err == nil && found {
+		err = fmt.Errorf("%s: %w", b, ErrDeleted)
+	}
+	return err
+}
+
+// exists asks for an object itself, which is never stale as a listing may be.
+func (r *Repository) exists(ctx context.Context, key string) (bool, error) {
+	_, err := r.store.Get(ctx, key, 0, 0)
+	if errors.Is(err, store.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (s *Session) put(ctx context.Context, suffix string) error {
+	body, err := marshalDocument(s.Info)
+	if err != nil {
+		return err
+	}
+	key := s.Info.ID.key(suffix)
+	return s.r.store.Put(ctx, key, s.r.sealDocument(key, body))
+}
+
+// signs puts signs of life until ctx ends. One that fails is not missed as long as the next one comes in time.
+func (s *Session) signs(ctx context.Context) {
+	tick := time.NewTicker(signOfLifeEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := s.signOfLife(ctx); err != nil && ctx.Err() == nil {
+			s.r.log.Warn("no sign of life could be left in the repository", "operation", s.Info.Operation, "error", err)
+		}
+	}
+}
+
+// signOfLife puts the next sign and deletes the one before.
+func (s *Session) signOfLife(ctx context.Context) error {
+	s.sign++
+	if err := s.put(ctx, signSuffix(s.sign)); err != nil {
+		return err
+	}
+	if s.sign == 1 {
+		return nil
+	}
+	return s.r.store.Delete(ctx, s.Info.ID.key(signSuffix(s.sign-1)))
+}
+
+func signSuffix(n int) string { return fmt.Sprintf(".%08x", n) }
+
+// rely tells whether the session protects what it wrote, up to now: nil; or ErrGivenUp. Whoever publishes something asks
+// afterwards, and promises nothing before.
+func (s *Session) rely(ctx context.Context) error {
+	givenUp, err := s.r.exists(ctx, s.Info.ID.key(givenUpSuffix))
+	if err != nil || givenUp {
+		return errors.Join(err, errorIf(givenUp, ErrGivenUp))
+	}
+	begun, err := s.r.exists(ctx, s.Info.ID.key(begunSuffix))
+	return errors.Join(err, errorIf(err == nil && !begun, ErrGivenUp))
+}
+
+func errorIf(holds bool, err error) error {
+	if holds {
+		return err
+	}
+	return nil
+}
+
+// leave ends the signs of life, and leaves the session itself to prune.
+func (s *Session) leave() {
+	if s.stop != nil {
+		s.stop()
+		s.alive.Wait()
+	}
+}
+
+// End ends the session. It publishes nothing from now on, and nothing of what it used is protected any more.
+func (s *Session) End(ctx context.Context) error {
+	s.leave()
+	var signs []int
+	for n := max(s.sign-1, 1); n <= s.sign; n++ {
+		signs = append(signs, n)
+	}
+	return s.r.endSession(ctx, s.Info.ID, signs)
+}
+
+// endSession deletes a session's objects: the announcement last but for the word that it was given up, which whoever
+// relied on the session then looks for.
+func (r *Repository) endSession(ctx context.Context, id SessionID, signs []int) error {
+	var errs []error
+	for _, n := range signs {
+		errs = append(errs, r.store.Delete(ctx, id.key(signSuffix(n))))
+	}
+	for _, suffix := range []string{begunSuffix, givenUpSuffix} {
+		errs = append(errs, r.store.Delete(ctx, id.key(suffix)))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("end session: %w", err)
+	}
+	return nil
+}
+
+// listedSession is a session as prune finds it.
+type listedSession struct {
+	id      SessionID
+	info    *SessionInfo // nil: its announcement is gone
+	signs   []int        // numbers of its signs of life
+	last    time.Time    // when the last sign of life came, by the store's clock
+	begun   bool
+	givenUp bool
+}
+
+var sessionKey = regexp.MustCompile(`^sessions/([0-9a-f]{16})\.(begun|givenup|[0-9a-f]{8})$`)
+
+// sessions lists all sessions and reads what they announced.
+func (r *Repository) sessions(ctx context.Context) ([]*listedSession, error) {
+	var all []*listedSession
+	for o, err := range r.store.List(ctx, sessionsPrefix) {
+		if err != nil {
+			return nil, fmt.Errorf("list sessions: %w", err)
+		}
+		match := sessionKey.FindStringSubmatch(o.Key)
+		if match == nil {
+			continue
+		}
+		var id SessionID
+		if err := id.UnmarshalText([]byte(match[1])); err != nil {
+			continue
+		}
+		if len(all) == 0 || all[len(all)-1].id != id {
+			all = append(all, &listedSession{id: id})
+		}
+		all[len(all)-1].add(match[2], o.Modified)
+	}
+	for _, s := range all {
+		if err := r.readSession(ctx, s); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+func (s *listedSession) add(suffix string, modified time.Time) {
+	switch "." + suffix {
+	case begunSuffix:
+		s.begun = true
+	case givenUpSuffix:
+		s.givenUp = true
+		return // it is no sign of life
+	default:
+		n, _ := strconv.ParseUint(suffix, 16, 32)
+		s.signs = append(s.signs, int(n))
+	}
+	if modified.After(s.last) {
+		s.last = modified
+	}
+}
+
+// readSession reads the announcement, or what the word that the session was given up repeats of it. One that was ended
+// meanwhile has neither.
+func (r *Repository) readSession(ctx context.Context, s *listedSession) error {
+	for _, suffix := range []string{begunSuffix, givenUpSuffix} {
+		info, err := r.sessionInfo(ctx, s.id.key(suffix))
+		if err == nil {
+			s.info = info
+			return nil
+		}
+		if !errors.Is(err, store.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *Repository) sessionInfo(ctx context.Context, key string) (*SessionInfo, error) {
+	b, err := r.get(ctx, key, 0, -1)
+	if err != nil {
+		return nil, err
+	}
+	if b, err = r.openDocument(key, b); err != nil {
+		return nil, err
+	}
+	info := &SessionInfo{}
+	if err := unmarshalDocument(key, b, sessionKind, info); err != nil {
+		return nil, err
+	}
+	if id, _, _ := strings.Cut(path.Base(key), "."); info.ID.String() != id {
+		return nil, corrupt(key, "it describes session %s", info.ID)
+	}
+	return info, nil
+}
+
+// Sessions lists what is under way, or was and has not been cleaned up after.
+func (r *Repository) Sessions(ctx context.Context) ([]SessionInfo, error) {
+	listed, err := r.sessions(ctx)
+	var all []SessionInfo
+	for _, s := range listed {
+		if s.info != nil {
+			all = append(all, *s.info)
+		}
+	}
+	return all, err
+}
+
+// putGivenUp says that a session is given up: whoever works in it finds out before it promises anything.
+func (r *Repository) putGivenUp(ctx context.Context, info *SessionInfo) error {
+	s := &Session{Info: *info, r: r}
+	if err := s.put(ctx, givenUpSuffix); err != nil && !errors.Is(err, store.ErrExist) {
+		return fmt.Errorf("give up session %s: %w", info.ID, err)
+	}
+	return nil
+}

@@ -140,16 +140,29 @@ func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
 			return err
 		}
 		for _, b := range s.info.Makes {
-			found, err := p.r.exists(ctx, manifestKey(b.Cluster, b.Backup))
-			if err == nil && !found {
-				err = p.r.markDeleted(ctx, b, fmt.Sprintf("its writer, process %d on %s, showed no sign of life for a day", s.info.PID, s.info.Host))
-			}
-			if err != nil {
+			if settled, err := p.settle(ctx, b, s.info); err != nil || !settled {
 				return err
 			}
 		}
 	}
 	return p.r.endSession(ctx, s.id, s.signs)
+}
+
+// settle makes sure that a backup whose session was given up is either deleted, or in everybody's listings: then nothing
+// depends on the session any more.
+func (p *pruner) settle(ctx context.Context, b BackupName, by *SessionInfo) (settled bool, err error) {
+	found, err := p.r.exists(ctx, manifestKey(b.Cluster, b.Backup))
+	if err != nil {
+		return false, err
+	}
+	if !found {
+		reason := fmt.Sprintf("its writer, process %d on %s, showed no sign of life for a day", by.PID, by.Host)
+		return true, p.r.markDeleted(ctx, b, reason)
+	}
+	for o, err := range p.r.store.List(ctx, manifestKey(b.Cluster, b.Backup)) {
+		return err == nil && p.now.Sub(o.Modified) >= p.o.Grace, err
+	}
+	return false, nil
 }
 
 // published tells whether all that a session makes is there. It is for display.
@@ -271,9 +284,10 @@ const (
 )
 
 func (p *pruner) fate(i *inventory, b *storedBackup) fate {
-	deleted := !b.deleted.IsZero()
+	marked := p.marked[b.BackupName] // and would be only now
+	deleted := marked || !b.deleted.IsZero()
 	switch {
-	case b.listed() && !p.marked[b.BackupName]:
+	case b.manifest && !deleted:
 		return stays
 	case !b.manifest && !b.packs, !deleted && i.makes[b.BackupName]:
 		return nothing
@@ -281,7 +295,7 @@ func (p *pruner) fate(i *inventory, b *storedBackup) fate {
 		return unexplained
 	case i.used[b.BackupName] || len(b.holds) > 0:
 		return waits
-	case b.manifest && (!deleted && p.o.Grace > 0 || deleted && p.now.Sub(b.deleted) < p.o.Grace):
+	case b.manifest && (marked && p.o.Grace > 0 || !marked && p.now.Sub(b.deleted) < p.o.Grace):
 		return waits
 	}
 	return goes

@@ -83,7 +83,8 @@ type child struct {
 func startChild(t testing.TB, name string, edit func(*exec.Cmd), args ...string) *child {
 	t.Helper()
 	c := &child{cmd: exec.Command(os.Args[0], args...), waited: make(chan struct{})}
-	c.cmd.Env = append(os.Environ(), childVariable+"="+name)
+	// A race detector sleeps a second at each exit, for races that are under way.
+	c.cmd.Env = append(os.Environ(), childVariable+"="+name, "GORACE=atexit_sleep_ms=0")
 	if edit != nil {
 		edit(c.cmd)
 	}

@@ -22,6 +22,9 @@ const postgresBin = "/usr/lib/postgresql/15/bin"
 // TestOverlayPostgres runs PostgreSQL on a mount whose daemon is killed under pgbench, while files are hydrated: no
 // acknowledged transaction may be missing, and each page's checksum must be right.
 func TestOverlayPostgres(t *testing.T) {
+	if testing.Short() {
+		t.Skip("not in a short run")
+	}
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to run PostgreSQL as user postgres on a mount of root's")
 	}

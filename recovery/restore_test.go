@@ -346,7 +346,7 @@ func TestRestoreTimelines(t *testing.T) {
 // TestRestoreInterrupted: what is left cannot start, and says what it is.
 func TestRestoreInterrupted(t *testing.T) {
 	s := newSource(t)
-	s.sql("create table ledger as select generate_series(1, 100000) n")
+	s.sql("create table ledger as select generate_series(1, 30000) n")
 	s.backup()
 	o := s.options(filepath.Join(place(t), "copy"))
 	ctx, cancel := context.WithCancel(t.Context())

@@ -145,17 +145,17 @@ func (c *child) wait() error {
 	select {
 	case <-c.waited:
 		return c.err
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		c.cmd.Process.Kill()
 		<-c.waited
 		return fmt.Errorf("it had to be killed: %w", c.err)
 	}
 }
 
-// eventually polls until cond holds.
+// eventually polls until cond holds, for at most a minute.
 func eventually(t *testing.T, what string, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !cond(); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !cond(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain for: %s", what)
 		}

@@ -256,10 +256,10 @@ func (s *testServer) copyTo(dir string) {
 	s.start()
 }
 
-// eventually polls until ok, for at most half a minute.
+// eventually polls until ok, for at most a minute.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !ok() {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain: %s", what)

@@ -53,6 +53,14 @@ func oldestAndNewest(t *testing.T, test func(t *testing.T, s *source)) {
 	}
 }
 
+// long is for a test that a short run does without.
+func long(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("not in a short run")
+	}
+}
+
 // postgresUser is whom servers run as; root may not run one.
 func postgresUser(t testing.TB) *syscall.Credential {
 	t.Helper()

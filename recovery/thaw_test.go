@@ -103,6 +103,7 @@ func testThaw(t *testing.T, s *source) {
 
 // TestThawedIsRestored compares a thaw that became whole, without a server, with a restore.
 func TestThawedIsRestored(t *testing.T) {
+	long(t)
 	s := newSource(t)
 	tablespace := s.withTablespace(30000)
 	s.backup()
@@ -218,6 +219,7 @@ func TestThawKilledDaemon(t *testing.T) {
 }
 
 func TestThawLeavesNothingOnFailure(t *testing.T) {
+	long(t)
 	s := newSource(t)
 	s.sql("create table ledger (n int)")
 	s.backup()
@@ -250,6 +252,7 @@ func TestThawLeavesNothingOnFailure(t *testing.T) {
 
 // TestOrdinaryUser runs tests again as the server's user, who mounts with fusermount3.
 func TestOrdinaryUser(t *testing.T) {
+	long(t)
 	t.Parallel()
 	c := postgresUser(t)
 	if c == nil {

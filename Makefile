@@ -5,22 +5,29 @@ FUZZTIME ?= 30s
 PATH     := $(PATH):/usr/local/go/bin
 export PATH
 
-.PHONY: build check test demo integration crash fuzz bench
+.PHONY: build check test static rooms demo integration crash fuzz bench
 .DEFAULT_GOAL := build
 
 build:
 	@./integration/setup.sh build
 	$(GO) build -buildvcs=false -o pgthaw ./cmd/pgthaw
 
-# Three minutes on two cores; without root, what needs it is skipped. The import test is one of cmd/pgthaw's.
-check:
+# Under a minute on two cores: the rooms' tests with fewer rounds and without the long ones. What needs root is skipped without it.
+check: SHORT = -short
+check: static rooms
+
+test: static rooms integration
+
+# The import test is one of cmd/pgthaw's.
+static:
 	@./integration/setup.sh check
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt -l: $$unformatted" >&2; exit 1; }
 	$(GO) vet -tags bench ./...
 	$(GO) tool staticcheck -tags bench ./...
-	$(GO) test -race -timeout 20m $$($(GO) list ./... | grep -v /integration)
 
-test: check integration
+# The race detector would sleep a second at each exit of a process.
+rooms:
+	GORACE=atexit_sleep_ms=0 $(GO) test -race $(SHORT) -timeout 20m $$($(GO) list ./... | grep -v /integration)
 
 demo: build
 	@./integration/setup.sh demo

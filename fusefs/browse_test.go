@@ -133,7 +133,8 @@ func sampleTree(rng *rand.Rand) lowerTree {
 	copy(holes[len(holes)-100:], random(rng, 100))
 	tree.file("pgdata/base/5/holes", 0o600, holes)
 	tree.file("pgdata/base/5/zeros", 0o600, make([]byte, 1<<20))
-	for i := range 500 {
+	for i := range 300 { // more than the kernel asks for at a time
+
 		tree.file(fmt.Sprintf("pgdata/global/%d", i), 0o600, random(rng, rng.IntN(2000)))
 	}
 	return tree
@@ -233,7 +234,7 @@ func TestBrowseIsConsistent(t *testing.T) {
 	r, repository := newRepository(t)
 	tree := sampleTree(rand.New(rand.NewPCG(seed(t), 0)))
 	maps.DeleteFunc(tree, func(name string, f lowerFile) bool {
-		return len(f.content) > 20_000 || strings.HasPrefix(name, "pgdata/global/1")
+		return len(f.content) > 20_000 || strings.HasPrefix(name, "pgdata/global/") && !strings.HasPrefix(name, "pgdata/global/1")
 	})
 	m := backUp(t, r, tree)
 	dir, c := browseIn(t, repository)
@@ -404,7 +405,7 @@ func TestBrowseConcurrentReaders(t *testing.T) {
 // readAround reads ranges of all sizes from all over the files.
 func readAround(root string, tree lowerTree, rng *rand.Rand) error {
 	p := make([]byte, 1<<20)
-	for range 200 {
+	for range rounds(200) {
 		name := fmt.Sprintf("pgdata/%d", rng.IntN(4))
 		want := tree[name].content
 		f, err := os.Open(filepath.Join(root, name))
@@ -450,11 +451,7 @@ func TestBrowseSeesWhatIsNew(t *testing.T) {
 		t.Fatalf("WAL at first: %q", got)
 	}
 	tree := sampleTree(rand.New(rand.NewPCG(seed(t), 0)))
-	var second *repo.Manifest
-	eventually(t, "a second with another id", func() bool {
-		second = backUp(t, r, tree)
-		return second.ID[:16] != first.ID[:16] // ids of one second come in no order
-	})
+	second := backUp(t, r, tree)
 	bindCluster(t, r, "second")
 	segment := putSegment(t, r, "000000010000000000000002")
 	eventually(t, "latest leads to the new backup", func() bool {

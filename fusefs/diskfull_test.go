@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fullDisks runs a test on a file system of each kind that can be filled.
+// fullDisks runs a test on a file system of each kind that can be filled, or of one kind in a short run.
 func fullDisks(t *testing.T, test func(t *testing.T, d fullDisk)) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to mount a file system of its own")
@@ -25,6 +25,9 @@ func fullDisks(t *testing.T, test func(t *testing.T, d fullDisk)) {
 		"ext4, 1 kB a block": {"mkfs.ext4", "-b", "1024"},
 		"xfs":                {"mkfs.xfs", "-f"},
 	} {
+		if testing.Short() && name != "ext4" {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			if _, err := exec.LookPath(mkfs[0]); err != nil && mkfs[0] != "mkfs.ext4" {
 				t.Skipf("no %s is installed", mkfs[0])
@@ -35,6 +38,9 @@ func fullDisks(t *testing.T, test func(t *testing.T, d fullDisk)) {
 			d.on()
 			test(t, d)
 		})
+	}
+	if testing.Short() {
+		return
 	}
 	t.Run("tmpfs", func(t *testing.T) {
 		d := fullDisk{&disk{t: t, dir: t.TempDir()}}
@@ -92,10 +98,10 @@ func TestFileDiskFull(t *testing.T) {
 		t.Setenv("TMPDIR", d.dir)
 		rng := rand.New(rand.NewPCG(seed(t), 0))
 		failed := 0
-		for range 15 {
+		for range rounds(15) {
 			t.Run("", func(t *testing.T) { failed += d.checkTight(t, rng) }) // its temporary directory is on the disk
 		}
-		if failed < 40 {
+		if failed < rounds(40) {
 			t.Errorf("only %d operations met a full disk", failed)
 		}
 	})
@@ -129,6 +135,9 @@ func (d fullDisk) checkTight(t *testing.T, rng *rand.Rand) (failed int) {
 // TestFileDiskFullAtOnce begins a write while there seems to be room for it. Linux then leaves zeros behind what was
 // written, which must not be taken for data.
 func TestFileDiskFullAtOnce(t *testing.T) {
+	if testing.Short() {
+		t.Skip("fills a large disk")
+	}
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to mount a file system of its own")
 	}
@@ -225,7 +234,7 @@ func TestOverlayDiskFull(t *testing.T) {
 			d.fill(20)
 			defer d.empty()
 			refused := 0
-			for range 80 {
+			for range rounds(80) {
 				name := fmt.Sprintf("f%d", rng.IntN(12))
 				content[name], err = writeSome(rng, filepath.Join(v.dir, name), content[name])
 				if errors.Is(err, unix.ENOSPC) {
@@ -235,7 +244,7 @@ func TestOverlayDiskFull(t *testing.T) {
 				}
 				checkFile(t, v.dir, name, content[name])
 			}
-			if refused < 20 {
+			if refused < rounds(20) {
 				t.Errorf("only %d writes met a full disk", refused)
 			}
 			if r, err := v.ask("hydrate"); err != nil || !strings.Contains(r.Err, syscall.ENOSPC.Error()) || r.Status.Whole {
@@ -296,6 +305,9 @@ func writeSome(rng *rand.Rand, path string, content []byte) ([]byte, error) {
 // TestOverlayPostgresDiskFull fills the disk under a server whose pages are not all local: it must say so, lose nothing that
 // it acknowledged, and go on when there is room again.
 func TestOverlayPostgresDiskFull(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a server through much")
+	}
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to run PostgreSQL as user postgres on a mount of root's")
 	}

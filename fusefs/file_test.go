@@ -30,6 +30,14 @@ func seed(t *testing.T) uint64 {
 	return s
 }
 
+// rounds is how often a random test does what it does n times, or fewer in a short run.
+func rounds(n int) int {
+	if testing.Short() {
+		return n / 4
+	}
+	return n
+}
+
 func random(rng *rand.Rand, n int) []byte {
 	p := make([]byte, n+8)
 	for i := 0; i < n; i += 8 {
@@ -200,7 +208,7 @@ func TestFillKeepsTime(t *testing.T) {
 // TestRandomFile compares a file with a model through random operations, restarts and hydration among them.
 func TestRandomFile(t *testing.T) {
 	rng := rand.New(rand.NewPCG(seed(t), 1))
-	for range 150 {
+	for range rounds(150) {
 		lower := random(rng, 1+rng.IntN(80_000))
 		c := &checkedFile{t: t, rng: rng, lower: lower, want: lower}
 		c.f, c.fd = layFile(t, lower)
@@ -341,7 +349,7 @@ func TestModes(t *testing.T) {
 func TestRacingFile(t *testing.T) {
 	const page, pages, writers = 8192, 64, 4
 	base := seed(t)
-	for round := range uint64(20) {
+	for round := range uint64(rounds(20)) {
 		rng := rand.New(rand.NewPCG(base, round))
 		lower := random(rng, pages*page)
 		f, fd := layFile(t, lower)

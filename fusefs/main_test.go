@@ -83,7 +83,8 @@ type child struct {
 func startChild(t testing.TB, name string, edit func(*exec.Cmd), args ...string) *child {
 	t.Helper()
 	c := &child{cmd: exec.Command(os.Args[0], args...), waited: make(chan struct{})}
-	c.cmd.Env = append(os.Environ(), childVariable+"="+name)
+	// A race detector sleeps a second at each exit, for races that are under way.
+	c.cmd.Env = append(os.Environ(), childVariable+"="+name, "GORACE=atexit_sleep_ms=0")
 	if edit != nil {
 		edit(c.cmd)
 	}
@@ -144,17 +145,17 @@ func (c *child) wait() error {
 	select {
 	case <-c.waited:
 		return c.err
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		c.cmd.Process.Kill()
 		<-c.waited
 		return fmt.Errorf("it had to be killed: %w", c.err)
 	}
 }
 
-// eventually polls until cond holds.
+// eventually polls until cond holds, for at most a minute.
 func eventually(t *testing.T, what string, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !cond(); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !cond(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain for: %s", what)
 		}

@@ -191,14 +191,18 @@ func (v *thawed) ask(command string) (r reply, err error) {
 	return r, json.NewDecoder(c).Decode(&r)
 }
 
-// modes are the ways to serve, each with the options that choose it.
+// modes are the ways to serve, each with the options that choose it. A short run has each option off and on.
 func modes(t *testing.T, test func(t *testing.T, o OverlayOptions)) {
+	t.Helper()
 	for name, o := range map[string]OverlayOptions{
 		"passthrough": {Passthrough: true},
 		"cached":      {},
 		"fill":        {FillOnRead: true},
 		"all":         {Passthrough: true, FillOnRead: true},
 	} {
+		if testing.Short() && o.Passthrough != o.FillOnRead {
+			continue
+		}
 		t.Run(name, func(t *testing.T) { test(t, o) })
 	}
 }

@@ -40,7 +40,7 @@ func TestOverlayPowerCut(t *testing.T) {
 				p.files = append(p.files, &writtenFile{name: name, versions: [][]byte{tree["pgdata/"+name].content}})
 			}
 			p.v = thawIn(t, d.dir, tree, OverlayOptions{Passthrough: true})
-			for range 5 {
+			for range rounds(5) {
 				p.round()
 			}
 			expectQuiet(t, p.v.c)

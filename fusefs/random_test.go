@@ -19,7 +19,7 @@ import (
 // TestOverlayRandom compares a mount with a model through random system calls, hydration beside them, and crashes of the
 // daemon between them. PGTHAW_STEPS makes it longer.
 func TestOverlayRandom(t *testing.T) {
-	steps := 800
+	steps := rounds(800)
 	if text := os.Getenv("PGTHAW_STEPS"); text != "" {
 		steps, _ = strconv.Atoi(text)
 	}

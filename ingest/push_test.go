@@ -103,7 +103,7 @@ func TestPushWAL(t *testing.T) {
 	checkSameAsArchive(t, r, s, 1)
 	checkRefusedPushes(t, push, segment)
 
-	other := startArchiving(t, oldest(t), "--wal-segsize=1")
+	other := startArchiving(t, oldest(t), "--wal-segsize=1", "--data-checksums") // another initdb, another system
 	other.switchWAL(1)
 	eventually(t, "a segment is archived", func() bool { return len(other.archivedFiles()) >= 1 })
 	if err := push(filepath.Join(other.top, "archive", other.archivedFiles()[0])); !errors.Is(err, repo.ErrOtherCluster) {

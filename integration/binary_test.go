@@ -194,6 +194,11 @@ func (r *running) down() bool {
 	}
 }
 
+// killed reports whether a signal ended it that it did not catch: one that came before it was ready for signals.
+func (r *running) killed() bool {
+	return r.down() && r.cmd.ProcessState.Sys().(syscall.WaitStatus).Signaled()
+}
+
 // text is what it has printed so far.
 func (r *running) text() string {
 	out, _ := os.ReadFile(r.output)

@@ -98,7 +98,7 @@ func (k *crashed) killDaemon() thawed {
 	if st.PID == 0 {
 		return st
 	}
-	if err := syscall.Kill(st.PID, syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(st.PID, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
 		k.t.Errorf("kill the daemon: %v", err)
 	}
 	waitFor(k.t, stopLimit, "end of the daemon", func() bool { return !alive(st.PID) })

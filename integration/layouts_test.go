@@ -347,47 +347,54 @@ func (a archived) testInterruptedBackup(t *testing.T) {
 	a.fillSegments(1)
 	a.waitArchived() // binds the cluster
 	before := a.notWAL(t)
-	interrupted, told := 0, 0
-	for _, after := range []time.Duration{50, 120, 200, 300, 450, 600} {
-		r := asPostgres.start(t, "--repo", a.repo, "backup", "main", "--max-rate", "60M", "--pg-connection", a.dsn("postgres"))
-		if !poll(after*time.Millisecond, r.down) && r.end(syscall.SIGINT) == 130 {
-			interrupted++
-			if !strings.Contains(r.text(), "interrupted") {
-				t.Errorf("after %d ms it says only\n%s", after, r.text())
-			}
-			if strings.Contains(r.text(), "nothing of it is left") { // none had begun otherwise
-				told++
-			}
-		}
-		if got := a.notWAL(t); !slices.Equal(got, before) {
-			t.Fatalf("after %d ms the repository has %v, and had %v\n%s", after, got, before, r.text())
-		}
-		if got := a.SQL("SELECT count(*) FROM pg_replication_slots"); got != "0" {
-			t.Errorf("%s slots are left", got)
-		}
+	for _, after := range []time.Duration{50, 120, 200, 300, 450} {
+		r := a.startSlowBackup(t)
+		poll(after*time.Millisecond, r.down)
+		a.interrupt(t, r, before)
 	}
-	if interrupted < 3 || told == 0 {
-		t.Errorf("%d backups were interrupted, %d say what is left", interrupted, told)
+	r := a.startSlowBackup(t)
+	a.waitStreams(t, r)
+	if a.interrupt(t, r, before); !strings.Contains(r.text(), "nothing of it is left") {
+		t.Errorf("when it had begun it says only\n%s", r.text())
 	}
 	if n := len(a.backups(t)); n != 0 {
 		t.Errorf("%d backups are listed", n)
 	}
 }
 
+// startSlowBackup starts a backup that takes seconds, once the server has done with the one before.
+func (a archived) startSlowBackup(t *testing.T) *running {
+	t.Helper()
+	waitFor(t, time.Minute, "end of the backup before", func() bool {
+		return a.SQL("SELECT (SELECT count(*) FROM pg_stat_progress_basebackup) + (SELECT count(*) FROM pg_replication_slots)") == "0"
+	})
+	return asPostgres.start(t, "--repo", a.repo, "backup", "main", "--max-rate", "30M", "--pg-connection", a.dsn("postgres"))
+}
+
+// waitStreams waits until a backup has begun to receive files.
+func (a archived) waitStreams(t *testing.T, backup *running) {
+	t.Helper()
+	waitFor(t, time.Minute, "the base backup", func() bool {
+		return backup.down() || a.SQL("SELECT count(*) FROM pg_stat_progress_basebackup WHERE backup_streamed > 10000000") == "1"
+	})
+}
+
+// interrupt sends SIGINT to a backup, which leaves the repository as it was before.
+func (a archived) interrupt(t *testing.T, r *running, before []string) {
+	t.Helper()
+	if code := r.end(syscall.SIGINT); code != 130 || !r.killed() && !strings.Contains(r.text(), "interrupted") {
+		t.Errorf("interrupted, a backup exits with %d and says\n%s", code, r.text())
+	}
+	if got := a.notWAL(t); !slices.Equal(got, before) {
+		t.Fatalf("the repository has %v, and had %v\n%s", got, before, r.text())
+	}
+}
+
 // testServerKilled: the server goes away under a backup, which leaves nothing. pgthaw killed so leaves no backup.
 func (a archived) testServerKilled(t *testing.T) {
 	before := a.notWAL(t)
-	waitFor(t, time.Minute, "end of the backups before", func() bool {
-		return a.SQL("SELECT count(*) FROM pg_stat_progress_basebackup") == "0"
-	})
-	underWay := func() {
-		waitFor(t, time.Minute, "the base backup", func() bool {
-			return a.SQL("SELECT count(*) FROM pg_stat_progress_basebackup WHERE backup_streamed > 10000000") == "1"
-		})
-	}
-	args := []string{"--repo", a.repo, "backup", "main", "--max-rate", "30M", "--pg-connection"}
-	r := asPostgres.start(t, append(args, a.dsn("postgres"))...)
-	underWay()
+	r := a.startSlowBackup(t)
+	a.waitStreams(t, r)
 	a.Kill()
 	waitFor(t, time.Minute, "end of the backup", r.down)
 	if code := exitCode(r.cmd.ProcessState); code == 0 || code >= 128 || !strings.Contains(r.text(), "nothing of it is left") {
@@ -397,8 +404,8 @@ func (a archived) testServerKilled(t *testing.T) {
 		t.Errorf("the repository has %v, and had %v", got, before)
 	}
 	a.Start()
-	r = asPostgres.start(t, append(args, a.dsn("postgres"))...)
-	underWay()
+	r = a.startSlowBackup(t)
+	a.waitStreams(t, r)
 	r.end(syscall.SIGKILL)
 	if n := len(a.backups(t)); n != 0 {
 		t.Errorf("%d backups are listed", n)
@@ -406,31 +413,40 @@ func (a archived) testServerKilled(t *testing.T) {
 }
 
 func (a archived) testInterruptedRestore(t *testing.T) {
-	interrupted := 0
 	for _, after := range []time.Duration{20, 60, 90, 120, 150, 200, 250} {
-		data := newTarget(t)
-		r := asPostgres.start(t, "--repo", a.repo, "restore", "main", "latest", "--target", data)
-		if poll(after*time.Millisecond, r.down) || r.end(syscall.SIGINT) != 130 {
-			continue
-		}
-		if !strings.Contains(r.text(), "interrupted") {
-			t.Errorf("after %d ms it says only\n%s", after, r.text())
-		}
-		if !exists(data) {
-			continue
-		}
-		interrupted++
-		if exists(filepath.Join(data, "global", "pg_control")) || !strings.Contains(r.text(), "incomplete") {
-			t.Errorf("after %d ms pg_control is there, or nothing is said of what is:\n%s", after, r.text())
-		}
-		if err := attach(t, a.installation, data, 0).tryStart(); err == nil {
-			t.Errorf("after %d ms PostgreSQL starts on what is there", after)
-		}
-		a.copyTo(t, asPostgres, "restore", "latest", data).exits(t, 17)
+		a.interruptRestore(t, func(r *running, _ string) { poll(after*time.Millisecond, r.down) })
 	}
-	if interrupted == 0 {
+	onItsWay := a.interruptRestore(t, func(r *running, data string) {
+		waitFor(t, time.Minute, "the first files", func() bool { return r.down() || exists(filepath.Join(data, "base")) })
+	})
+	if !onItsWay {
 		t.Error("no restore was interrupted on its way")
 	}
+}
+
+// interruptRestore interrupts a restore when wait returns, and tells whether it had begun to write and had not ended.
+func (a archived) interruptRestore(t *testing.T, wait func(r *running, data string)) bool {
+	t.Helper()
+	data := newTarget(t)
+	r := asPostgres.start(t, "--repo", a.repo, "restore", "main", "latest", "--target", data)
+	wait(r, data)
+	if r.end(syscall.SIGINT) != 130 {
+		return false
+	}
+	if !r.killed() && !strings.Contains(r.text(), "interrupted") {
+		t.Errorf("interrupted, it says only\n%s", r.text())
+	}
+	if !exists(data) {
+		return false
+	}
+	if exists(filepath.Join(data, "global", "pg_control")) || !strings.Contains(r.text(), "incomplete") {
+		t.Errorf("pg_control is there, or nothing is said of what is:\n%s", r.text())
+	}
+	if err := attach(t, a.installation, data, 0).tryStart(); err == nil {
+		t.Error("PostgreSQL starts on what is there")
+	}
+	a.copyTo(t, asPostgres, "restore", "latest", data).exits(t, 17)
+	return true
 }
 
 // testInterruptedThaw: a thaw that is interrupted takes back all it made.

@@ -23,11 +23,15 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // scratch is the run's directory, made by TestMain: bin/pgthaw, home (HOME of every pgthaw), tmp (what tests make).
 // It is short, because a unix socket's path has 107 bytes, and open to the server's user.
 var scratch string
+
+// orphanLimit is how long a program may run on after the server that started it.
+const orphanLimit = 5 * time.Second
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
@@ -38,6 +42,8 @@ func run(m *testing.M) int {
 		return 1
 	}
 	code := m.Run()
+	// What a server ran when it was stopped ends a moment after it.
+	poll(orphanLimit, func() bool { return len(processesNaming(scratch)) == 0 })
 	left := leftovers()
 	for _, what := range left {
 		fmt.Fprintln(os.Stderr, "left behind:", what)

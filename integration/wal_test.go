@@ -445,6 +445,7 @@ func testStream(t *testing.T, p installation) {
 	s = stream(r)
 	c.fillSegments(2)
 	c.waitArchived()
+	r.waitReplayed(c)
 	c.Stop()
 	r.SQL("SELECT pg_promote()")
 	r.fillSegments(1)

@@ -21,6 +21,9 @@ import (
 // roleVariable makes the test binary play another program: restore_command, or an overlay's daemon.
 const roleVariable = "PGTHAW_RECOVERY_TEST"
 
+// noSleep is the race detector's option not to sleep for a second at each exit, for races that are under way.
+const noSleep = "GORACE=atexit_sleep_ms=0"
+
 func TestMain(m *testing.M) {
 	switch os.Getenv(roleVariable) {
 	case "fetch":
@@ -29,6 +32,7 @@ func TestMain(m *testing.M) {
 		os.Exit(serveMain(os.Args[1]))
 	}
 	code := m.Run()
+	removeTemplates()
 	if helper.path != "" {
 		os.RemoveAll(filepath.Dir(helper.path))
 	}
@@ -66,17 +70,15 @@ func helperProgram(t testing.TB) string {
 			t.Fatal(err)
 		}
 		helper.path = filepath.Join(dir, "helper")
-		self, err := os.Open("/proc/self/exe")
+		self, err := os.Executable()
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer self.Close()
-		f, err := os.OpenFile(helper.path, os.O_CREATE|os.O_WRONLY, 0o755)
-		if err != nil {
-			t.Fatal(err)
+		// Were it written here, a process that is being started would have it open still, and execve(2) give ETXTBSY.
+		if out, err := exec.Command("cp", self, helper.path).CombinedOutput(); err != nil {
+			t.Fatalf("cp: %v\n%s", err, out)
 		}
-		_, err = io.Copy(f, self)
-		if err := errors.Join(err, f.Close(), os.Chmod(dir, 0o755), os.Chmod(helper.path, 0o755)); err != nil {
+		if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(helper.path, 0o755)); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -94,7 +96,7 @@ func (s *source) options(dir string) Options {
 	}
 	return Options{
 		Cluster: cluster, Backup: repo.Latest, Dir: dir, BinDir: s.bin, Port: freePort(s.t), Start: true,
-		RestoreCommand: fmt.Sprintf(`%s=fetch '%s' '%s' %s "%%f" "%%p"`, roleVariable, helperProgram(s.t), s.repo.URL(), cluster),
+		RestoreCommand: fmt.Sprintf(`%s=fetch %s '%s' '%s' %s "%%f" "%%p"`, roleVariable, noSleep, helperProgram(s.t), s.repo.URL(), cluster),
 	}
 }
 
@@ -154,7 +156,7 @@ func (d *daemons) spawn(_ context.Context, dir string) error {
 	}
 	defer r.Close()
 	cmd := exec.Command(helperProgram(d.t), dir)
-	cmd.Env = append(os.Environ(), roleVariable+"=serve")
+	cmd.Env = append(os.Environ(), roleVariable+"=serve", noSleep)
 	cmd.Stderr = os.Stderr
 	cmd.ExtraFiles = []*os.File{w}
 	err = cmd.Start()

@@ -42,17 +42,25 @@ func installed() (all []string) {
 	return all
 }
 
-// oldestAndNewest runs a test with sources of two majors; integration has all.
+// oldestAndNewest runs a test with sources of two majors, or one in a short run; integration has all.
 func oldestAndNewest(t *testing.T, test func(t *testing.T, s *source)) {
 	t.Parallel()
 	bins := installed()
 	for i, bin := range bins {
-		if i == 0 || i == len(bins)-1 {
+		if i == 0 || i == len(bins)-1 && !testing.Short() {
 			t.Run(strings.Trim(bin, "/abcdefghijklmnopqrstuvwxyz"), func(t *testing.T) {
 				t.Parallel()
 				test(t, newSourceOf(t, bin))
 			})
 		}
+	}
+}
+
+// long is for a test that a short run does without.
+func long(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("not in a short run")
 	}
 }
 
@@ -130,7 +138,7 @@ func newSourceOf(t testing.TB, bin string, conf ...string) *source {
 		t.Fatal(err)
 	}
 	own(t, s.archive)
-	s.run("initdb", "-D", s.data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C", "-k")
+	s.initdb()
 	s.configure(append([]string{"fsync = off", "listen_addresses = ''", "unix_socket_directories = '" + s.top + "'",
 		"archive_mode = on", "archive_command = 'cp %p " + s.top + "/%f && mv " + s.top + "/%f " + s.archive + "/%f'", "shared_buffers = 16MB"}, conf...)...)
 	s.start()

@@ -15,6 +15,7 @@ import (
 
 // TestCopyElsewhere: what a cluster has outside of its data directory need not be where its copy is.
 func TestCopyElsewhere(t *testing.T) {
+	long(t)
 	top := place(t)
 	etc, log := filepath.Join(top, "etc"), filepath.Join(top, "log")
 	for _, dir := range []string{etc, log} {
@@ -71,6 +72,7 @@ func TestCopyElsewhere(t *testing.T) {
 
 // TestUnreadableKey: a key that the server's user may not read is none.
 func TestUnreadableKey(t *testing.T) {
+	long(t)
 	if postgresUser(t) == nil {
 		t.Skip("needs root, to have a key that the server's user may not read")
 	}

@@ -52,7 +52,7 @@ func (s *source) withTablespace(n int) string {
 func TestThaw(t *testing.T) { oldestAndNewest(t, testThaw) }
 
 func testThaw(t *testing.T, s *source) {
-	tablespace := s.withTablespace(100000)
+	tablespace := s.withTablespace(30000)
 	s.backup()
 	s.sql("insert into ledger values (0)")
 	s.switchWAL()
@@ -61,7 +61,7 @@ func testThaw(t *testing.T, s *source) {
 	o := ThawOptions{Options: s.options(filepath.Join(copies, "data"))}
 	o.TablespaceMapping = map[string]string{tablespace: filepath.Join(copies, "side")}
 	res := s.thawed(newDaemons(t), o)
-	if got := copySQL(t, res, "select count(*) from ledger"); got != "100001" {
+	if got := copySQL(t, res, "select count(*) from ledger"); got != "30001" {
 		t.Errorf("%s rows", got)
 	}
 	if st := status(t, res.Target); !st.Mounted || st.ServerPID != res.PID || st.BytesTotal < res.SizeBytes/2 {
@@ -93,7 +93,7 @@ func testThaw(t *testing.T, s *source) {
 	s.data = res.Target
 	s.stop()
 	s.start("-c", "unix_socket_directories="+s.top, "-c", "port=5432", "-c", "listen_addresses=")
-	if got := s.sql("select count(*) from ledger"); got != "100002" {
+	if got := s.sql("select count(*) from ledger"); got != "30002" {
 		t.Errorf("%s rows on the ordinary directory", got)
 	}
 	if err := Discard(t.Context(), res.Target); !errors.Is(err, ErrNoOverlay) {
@@ -103,8 +103,9 @@ func testThaw(t *testing.T, s *source) {
 
 // TestThawedIsRestored compares a thaw that became whole, without a server, with a restore.
 func TestThawedIsRestored(t *testing.T) {
+	long(t)
 	s := newSource(t)
-	tablespace := s.withTablespace(100000)
+	tablespace := s.withTablespace(30000)
 	s.backup()
 	copies := place(t)
 	restored, thawed := filepath.Join(copies, "restored"), filepath.Join(copies, "thawed")
@@ -162,7 +163,7 @@ func diff(t testing.TB, a, b string) string {
 
 func TestThawKilledDaemon(t *testing.T) {
 	s := newSource(t)
-	tablespace := s.withTablespace(100000)
+	tablespace := s.withTablespace(30000)
 	s.backup()
 	s.push()
 	copies := place(t)
@@ -193,7 +194,7 @@ func TestThawKilledDaemon(t *testing.T) {
 	s.stop()
 	s.data = res.Target
 	s.start("-c", "unix_socket_directories="+s.top, "-c", "port=5432", "-c", "listen_addresses=")
-	if got := s.sql("select count(*) from ledger"); got != "100001" {
+	if got := s.sql("select count(*) from ledger"); got != "30001" {
 		t.Errorf("%s rows after the crash", got)
 	}
 	s.stop()
@@ -218,6 +219,7 @@ func TestThawKilledDaemon(t *testing.T) {
 }
 
 func TestThawLeavesNothingOnFailure(t *testing.T) {
+	long(t)
 	s := newSource(t)
 	s.sql("create table ledger (n int)")
 	s.backup()
@@ -250,6 +252,7 @@ func TestThawLeavesNothingOnFailure(t *testing.T) {
 
 // TestOrdinaryUser runs tests again as the server's user, who mounts with fusermount3.
 func TestOrdinaryUser(t *testing.T) {
+	long(t)
 	t.Parallel()
 	c := postgresUser(t)
 	if c == nil {

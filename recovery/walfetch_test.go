@@ -3,6 +3,7 @@ package recovery
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,7 +13,7 @@ import (
 	"pgthaw/repo/pg"
 )
 
-// TestFetchWAL asks for what a repository has and has not. The segments are a real server's: 1 to 6 on timeline 1.
+// TestFetchWAL asks for what a repository has and has not. The segments are a real server's first six on timeline 1.
 func TestFetchWAL(t *testing.T) {
 	s := newSource(t)
 	s.sql("create table ledger (n int primary key)")
@@ -20,7 +21,9 @@ func TestFetchWAL(t *testing.T) {
 		s.transact(n)
 		s.switchWAL()
 	}
-	name := func(no uint64) string { return pg.SegmentName(1, no, pg.DefaultSegmentSize) }
+	size := s.control().SegmentSize
+	first := s.firstArchived()
+	name := func(no uint64) string { return pg.SegmentName(1, first+no-1, size) }
 	s.push(name(3)) // a gap
 	// The last segment came only as a partial one, as a promotion leaves it.
 	last := filepath.Join(s.archive, name(6))
@@ -31,7 +34,8 @@ func TestFetchWAL(t *testing.T) {
 	fresh.openRepositoryAt("partial")
 	fresh.push(name(3))
 	history := pg.WALName{Kind: pg.WALHistory, Timeline: 2}
-	if err := fresh.repo.PutWAL(t.Context(), cluster, history, []byte("1\t0/6000000\tno recovery target specified\n")); err != nil {
+	promoted := fmt.Appendf(nil, "1\t%s\tno recovery target specified\n", size.Start(first+5))
+	if err := fresh.repo.PutWAL(t.Context(), cluster, history, promoted); err != nil {
 		t.Fatal(err)
 	}
 	wal := func(name string) []byte {
@@ -54,8 +58,8 @@ func TestFetchWAL(t *testing.T) {
 		{name(6) + ".partial", "", wal(name(6) + ".partial")},
 		{name(7), gone, nil},
 		{name(0), other, nil}, // before all that is there
-		{"000000020000000000000006", gone, nil},
-		{"00000002.history", "", []byte("1\t0/6000000\tno recovery target specified\n")},
+		{pg.SegmentName(2, first+5, size), gone, nil},
+		{"00000002.history", "", promoted},
 		{"00000003.history", gone, nil},
 		{"RECOVERYXLOG", other, nil},
 		{"../../etc/passwd", other, nil},
@@ -84,6 +88,24 @@ func TestFetchWAL(t *testing.T) {
 		t.Errorf("of a cluster that does not exist: %v", err)
 	}
 	s.testDamagedWAL(name(2))
+}
+
+// firstArchived is the number of the first segment in the archive.
+func (s *source) firstArchived() uint64 {
+	s.t.Helper()
+	entries, err := os.ReadDir(s.archive)
+	if err != nil || len(entries) == 0 {
+		s.t.Fatalf("nothing is archived: %v", err)
+	}
+	name, err := pg.ParseWALName(entries[0].Name())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	no, err := name.SegmentNo(s.control().SegmentSize)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return no
 }
 
 // testDamagedWAL takes the repository away, and then damages a segment: neither may look like the end of WAL.

@@ -52,8 +52,8 @@ func testDamage(t *testing.T, keys ...Key) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	noticed := 0
-	for i := range *damages {
+	n, noticed := rounds(*damages), 0
+	for i := range n {
 		key := objects[i%len(objects)]
 		undo, what := damage(t, filepath.Join(root, key), rng)
 		err := readEverything(t.Context(), r.URL(), keys, id, files, history)
@@ -68,8 +68,8 @@ func testDamage(t *testing.T, keys ...Key) {
 			}
 		}
 	}
-	if noticed < *damages/4 {
-		t.Errorf("only %d of %d damages were noticed: the reads do not reach them", noticed, *damages)
+	if noticed < n/4 {
+		t.Errorf("only %d of %d damages were noticed: the reads do not reach them", noticed, n)
 	}
 }
 

@@ -58,6 +58,14 @@ func passphraseKey(t testing.TB, passphrase string) Key {
 	return k
 }
 
+// rounds is how often, or on how much, a long test does what it does n times, or fewer in a short run.
+func rounds(n int) int {
+	if testing.Short() {
+		return n / 5
+	}
+	return n
+}
+
 // testFiles is a cluster's content: paths to bytes.
 type testFiles map[string][]byte
 
@@ -235,7 +243,7 @@ func testReadAtEveryEdge(t *testing.T, keys ...Key) {
 // about its changed pages.
 func TestChangedPagesOnly(t *testing.T) {
 	r := newTestRepository(t)
-	const n = 2000
+	n := rounds(1000)
 	files := testFiles{"pgdata/PG_VERSION": []byte("15\n"), "pgdata/base/5/2": pagesOf(3, n), "pgdata/base/5/9": pagesOf(9, 100)}
 	b := writeTestBackup(t, r, files, nil)
 	full := b.Manifest.StoredBytes

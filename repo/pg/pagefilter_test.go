@@ -19,8 +19,8 @@ func heapPage(rng *rand.Rand, block uint32, special int) []byte {
 			break
 		}
 		le.PutUint32(page[pageHeaderSize+itemIDSize*items:], uint32(at)|lpNormal<<15|uint32(size)<<17)
-		for i := range size {
-			page[at+i] = byte(rng.Uint32())
+		for i := at; i < upper; i += 8 {
+			le.PutUint64(page[i:], rng.Uint64())
 		}
 		items++
 		if special == filterPageSize {
@@ -94,7 +94,11 @@ func TestPageFilterMutations(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	for range 20000 {
+	rounds := 20000
+	if testing.Short() {
+		rounds = 2000
+	}
+	for range rounds {
 		page := heapPage(rng, rng.Uint32(), filterPageSize-16*rng.IntN(2))
 		for range 1 + rng.IntN(6) {
 			page[10+rng.IntN(200)] = byte(rng.Uint32())

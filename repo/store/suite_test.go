@@ -47,7 +47,10 @@ func TestStores(t *testing.T) {
 	}
 	for _, m := range media {
 		for _, c := range suite {
-			t.Run(m.name+"/"+c.name, func(t *testing.T) { c.test(t, m.open(t)) })
+			t.Run(m.name+"/"+c.name, func(t *testing.T) {
+				t.Parallel() // most of the time is fsync's
+				c.test(t, m.open(t))
+			})
 		}
 	}
 }

@@ -3,7 +3,6 @@ package repo
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"slices"
 	"strings"
@@ -76,7 +75,13 @@ func (r *Repository) Check(ctx context.Context, o CheckOptions, found func(Findi
 	o.Maps = o.Maps || o.ReadData
 	c := &checker{r: r, o: o, found: found, packs: map[PackID]*checkedPack{}, damages: map[uint32]*packDamage{},
 		bad: map[place]bool{}, tocs: newCache[PackID, *packTOC](checkTOCBytes)}
-	err := c.run(ctx)
+	session, err := c.protect(ctx)
+	if session != nil {
+		defer func() { _ = session.End(context.WithoutCancel(ctx)) }() // what is left of it prune takes away
+	}
+	if err == nil {
+		err = c.run(ctx)
+	}
 	if err != nil { // what was found until then is worth having
 		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
@@ -121,14 +126,13 @@ type checkedCluster struct {
 	ids     []string       // of the manifests that are listed
 	orphans []string       // of pack lists without a manifest
 	backups []*Manifest    // that can be read, oldest first
-	noLists bool           // of one or more the pack list cannot be read
 	wal     *clusterWAL
 }
 
 // run goes through the phases. Manifests come first: what they need was there before them, so what is listed later and lacks
 // something they need is damaged, whatever is written meanwhile.
 func (c *checker) run(ctx context.Context) error {
-	phases := []func(context.Context) error{c.checkKeySlots, c.checkBackups, c.checkWAL, c.checkPacks}
+	phases := []func(context.Context) error{c.checkKeySlots, c.checkSessions, c.checkBackups, c.checkWAL, c.checkPacks}
 	if c.o.Maps {
 		phases = append(phases, c.checkMaps, c.checkWALObjects)
 	}
@@ -180,11 +184,18 @@ func (c *checker) checkKeySlots(ctx context.Context) error {
 	return unanswered(ctx, err)
 }
 
+// checkSessions reads what is announced. Prune deletes nothing while it does not know what somebody uses.
+func (c *checker) checkSessions(ctx context.Context) error {
+	_, err := c.r.sessions(ctx)
+	var bad *CorruptError
+	if errors.As(err, &bad) {
+		c.report(Finding{Object: bad.Object, Err: err, Cost: "Prune cannot reclaim anything until it is deleted."})
+	}
+	return unanswered(ctx, err)
+}
+
 // checkBackups reads every manifest and pack list.
 func (c *checker) checkBackups(ctx context.Context) error {
-	if err := c.listBackups(ctx); err != nil {
-		return err
-	}
 	for _, cl := range c.clusters {
 		for _, id := range cl.ids {
 			if err := c.checkManifest(ctx, cl, id); err != nil {
@@ -202,22 +213,43 @@ func (c *checker) checkBackups(ctx context.Context) error {
 
 // listBackups finds the clusters that have backups, and the backups' ids.
 func (c *checker) listBackups(ctx context.Context) error {
-	for o, err := range c.r.store.List(ctx, backupsRoot) {
-		if err != nil {
-			return fmt.Errorf("list %s: %w", backupsRoot, err)
-		}
-		name, file, _ := strings.Cut(strings.TrimPrefix(o.Key, backupsRoot), "/")
-		cl := c.cluster(name)
-		if id, ok := strings.CutSuffix(file, manifestSuffix); ok && backupID.MatchString(id) {
-			cl.ids = append(cl.ids, id)
-		}
-		// In the order of keys, a manifest comes just before its pack list.
-		if id, ok := strings.CutSuffix(file, packListSuffix); ok && backupID.MatchString(id) &&
-			(len(cl.ids) == 0 || cl.ids[len(cl.ids)-1] != id) {
-			cl.orphans = append(cl.orphans, id)
+	all, err := c.r.storedBackups(ctx, backupsRoot)
+	for _, b := range all {
+		cl := c.cluster(b.Cluster)
+		switch {
+		case !b.deleted.IsZero():
+		case b.manifest:
+			cl.ids = append(cl.ids, b.Backup)
+		default:
+			cl.orphans = append(cl.orphans, b.Backup)
 		}
 	}
-	return nil
+	return err
+}
+
+// protect keeps prune from the backups while they are checked, and lists them again as long as one is deleted before that.
+// Where nothing may be written the check goes on without.
+func (c *checker) protect(ctx context.Context) (*Session, error) {
+	for {
+		c.clusters = nil
+		if err := c.listBackups(ctx); err != nil {
+			return nil, err
+		}
+		var names []BackupName
+		for _, cl := range c.clusters {
+			for _, id := range cl.ids {
+				names = append(names, BackupName{cl.name, id})
+			}
+		}
+		s, err := c.r.Use(ctx, "check", names...)
+		if errors.Is(err, ErrDeleted) {
+			continue
+		}
+		if err != nil {
+			c.r.log.Debug("the check is not announced in the repository", "error", err)
+		}
+		return s, ctx.Err()
+	}
 }
 
 // cluster returns the cluster of a name, which may be new.
@@ -244,7 +276,6 @@ func (c *checker) checkManifest(ctx context.Context, cl *checkedCluster, id stri
 	cl.backups = append(cl.backups, m)
 	uses, err := c.r.packList(ctx, m)
 	if err != nil {
-		cl.noLists = true
 		c.report(Finding{Object: packListKey(cl.name, id), Cluster: cl.name, Err: err, Backups: []Affected{{Cluster: cl.name, Backup: id}},
 			Cost: "The backup can still be restored, but which packs it needs is not known, and no backup can be made that compares with it: use backup --full."})
 		return unanswered(ctx, err)
@@ -270,24 +301,27 @@ func (c *checker) enter(u packUse, m *Manifest) {
 	}
 }
 
-// orphanPatience is how long a backup may take between its pack list and its manifest before the manifest counts as missing.
-const orphanPatience = 2 * time.Second
-
-// checkOrphan reports a pack list without a manifest, unless the manifest comes in a moment: the backup is being published.
+// checkOrphan reports a pack list without a manifest, unless a backup is being made, or the prune to come knows of it.
 func (c *checker) checkOrphan(ctx context.Context, cl *checkedCluster, id string) error {
+	name := BackupName{cl.name, id}
+	sessions, err := c.r.Sessions(ctx)
+	if err := unanswered(ctx, err); err != nil {
+		return err
+	}
+	if slices.ContainsFunc(sessions, func(s SessionInfo) bool { return slices.Contains(s.Makes, name) }) {
+		return nil
+	}
 	key := manifestKey(cl.name, id)
-	for deadline := time.Now().Add(orphanPatience); time.Now().Before(deadline); {
-		if _, err := c.r.get(ctx, key, 0, 0); err == nil {
-			return c.checkManifest(ctx, cl, id)
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(orphanPatience / 10):
-		}
+	if found, err := c.r.exists(ctx, key); err != nil {
+		return err
+	} else if found {
+		return c.checkManifest(ctx, cl, id)
+	}
+	if found, err := c.r.exists(ctx, packListKey(cl.name, id)); err != nil || !found {
+		return err // its writer failed, and has taken it away
 	}
 	c.report(Finding{Object: key, Cluster: cl.name, Err: corrupt(key, "it is missing, but the backup's pack list is there"),
 		Backups: []Affected{{Cluster: cl.name, Backup: id}},
-		Cost:    "The backup cannot be listed, mounted or restored. A backup that was killed in its last moment leaves this, too, and then never existed."})
+		Cost:    "The backup cannot be listed, mounted or restored."})
 	return nil
 }

@@ -25,9 +25,11 @@ type Info struct {
 	WALBytes   int64 // of all WAL objects
 	OtherBytes int64 // documents and pack lists
 
-	// Packs that no backup's pack list names: those of a backup that is being made right now, and those that one which was
-	// killed has left. Nil where a manifest or pack list cannot be read: nobody knows then.
-	NotReferenced *PackCount
+	// Packs that no listed backup needs: prune deletes them, when the grace period is over. Nil where a manifest, pack list or
+	// session cannot be read: nobody knows then.
+	Reclaimable *PackCount
+	// Packs of backups that are being made, or whose writers were killed: prune looks after those when a day is over.
+	Unfinished PackCount
 }
 
 // PackCount is a number of packs.
@@ -74,18 +76,19 @@ func (r *Repository) Info(ctx context.Context) (*Info, error) {
 	if clusters == nil && err != nil {
 		return i, err
 	}
-	c := infoCounter{r: r, info: i, packs: map[PackID]*usedPack{}}
+	c := infoCounter{r: r, info: i, packs: map[PackID]*usedPack{}, unlisted: map[SessionID]*PackCount{}}
 	bad := []error{err}
 	for _, cluster := range clusters {
 		bad = append(bad, c.addCluster(ctx, cluster))
 	}
 	c.share()
 	err = errors.Join(bad...)
-	unlisted, listErr := c.list(ctx)
-	if err == nil && listErr == nil {
-		i.NotReferenced = &unlisted
+	err = errors.Join(err, c.list(ctx))
+	reclaimable, sessionErr := c.tellApart(ctx)
+	if err = errors.Join(err, sessionErr); err == nil {
+		i.Reclaimable = &reclaimable
 	}
-	return i, errors.Join(err, listErr)
+	return i, err
 }
 
 type infoCounter struct {
@@ -93,6 +96,8 @@ type infoCounter struct {
 	info    *Info
 	packs   map[PackID]*usedPack
 	backups []*BackupInfo
+
+	unlisted map[SessionID]*PackCount // packs that no listed backup needs, by who wrote them
 }
 
 // addCluster takes in a cluster's backups.
@@ -151,8 +156,8 @@ func (c *infoCounter) share() {
 	}
 }
 
-// list counts all objects, and returns the packs that no backup uses.
-func (c *infoCounter) list(ctx context.Context) (unlisted PackCount, err error) {
+// list counts all objects.
+func (c *infoCounter) list(ctx context.Context) error {
 	clusters := map[string]*ClusterInfo{}
 	for i := range c.info.Clusters {
 		clusters[c.info.Clusters[i].Name] = &c.info.Clusters[i]
@@ -160,7 +165,7 @@ func (c *infoCounter) list(ctx context.Context) (unlisted PackCount, err error) 
 	unknown := map[string]bool{} // clusters whose backups were not looked at
 	for o, err := range c.r.store.List(ctx, "") {
 		if err != nil {
-			return unlisted, fmt.Errorf("list the repository: %w", err)
+			return fmt.Errorf("list the repository: %w", err)
 		}
 		kind, rest, _ := strings.Cut(o.Key, "/")
 		name, _, _ := strings.Cut(rest, "/")
@@ -168,7 +173,7 @@ func (c *infoCounter) list(ctx context.Context) (unlisted PackCount, err error) 
 		case packsRoot:
 			c.info.Packs.add(o.Size)
 			if id, ok := packOfKey(o.Key); ok && c.packs[id] == nil {
-				unlisted.add(o.Size)
+				c.addUnlisted(id, o.Size)
 			}
 		case walRoot:
 			c.info.WALBytes += o.Size
@@ -180,7 +185,31 @@ func (c *infoCounter) list(ctx context.Context) (unlisted PackCount, err error) 
 			c.info.OtherBytes += o.Size
 		}
 	}
-	return unlisted, c.unknown(ctx, unknown)
+	return c.unknown(ctx, unknown)
+}
+
+func (c *infoCounter) addUnlisted(id PackID, size int64) {
+	if c.unlisted[id.by()] == nil {
+		c.unlisted[id.by()] = &PackCount{}
+	}
+	c.unlisted[id.by()].add(size)
+}
+
+// tellApart tells packs of sessions, which are listed after packs, from those that nobody will ever refer to.
+func (c *infoCounter) tellApart(ctx context.Context) (reclaimable PackCount, err error) {
+	sessions, err := c.r.sessions(ctx)
+	for _, s := range sessions {
+		if n := c.unlisted[s.id]; n != nil {
+			c.info.Unfinished.Packs += n.Packs
+			c.info.Unfinished.Bytes += n.Bytes
+			delete(c.unlisted, s.id)
+		}
+	}
+	for _, n := range c.unlisted {
+		reclaimable.Packs += n.Packs
+		reclaimable.Bytes += n.Bytes
+	}
+	return reclaimable, err
 }
 
 // unknown says why there are backups of clusters that Clusters did not give.

@@ -3,6 +3,7 @@ package repo
 import (
 	"bytes"
 	"errors"
+	"strings"
 	"testing"
 
 	"pgthaw/repo/pg"
@@ -40,7 +41,7 @@ func TestInfo(t *testing.T) {
 	if got := i.Packs.Bytes + i.WALBytes + i.OtherBytes; got != stored {
 		t.Errorf("%d bytes counted of %d", got, stored)
 	}
-	if c.Packs != i.Packs || c.WALBytes != i.WALBytes || c.WALSegments != 11 || *i.NotReferenced != (PackCount{}) {
+	if c.Packs != i.Packs || c.WALBytes != i.WALBytes || c.WALSegments != 11 || *i.Reclaimable != (PackCount{}) {
 		t.Errorf("%+v", c)
 	}
 	if want := k.a.SizeBytes + k.b.SizeBytes; i.SizeBytes != want || c.SizeBytes != want {
@@ -69,20 +70,29 @@ func TestInfo(t *testing.T) {
 	}
 }
 
-// TestInfoNotReferenced: packs of no backup are those whose backup is not finished, as far as anybody can tell.
-func TestInfoNotReferenced(t *testing.T) {
+// TestInfoReclaimable: packs of no backup are their writer's until its session is over.
+func TestInfoReclaimable(t *testing.T) {
 	sound := newCheckedRepo(t)
 	k := sound.copied(t)
 	k.remove(t, manifestKey("main", k.b.ID))
 	i, err := k.info(t)
-	if err != nil || i.NotReferenced == nil || i.NotReferenced.Packs != 2 {
-		t.Errorf("%+v, %v", i.NotReferenced, err)
+	if err != nil || i.Reclaimable == nil || i.Reclaimable.Packs != 0 || i.Unfinished.Packs != 2 {
+		t.Errorf("%+v, %v", i, err)
+	}
+	for _, key := range storedKeys(t, k.open(t)) {
+		if strings.HasPrefix(key, sessionsPrefix) {
+			k.remove(t, key)
+		}
+	}
+	i, err = k.info(t)
+	if err != nil || i.Reclaimable == nil || i.Reclaimable.Packs != 2 || i.Unfinished.Packs != 0 {
+		t.Errorf("without the session: %+v, %v", i, err)
 	}
 	for _, key := range []string{packListKey("main", k.b.ID), clusterKey("main")} {
 		k := sound.copied(t)
 		k.remove(t, key)
 		i, err := k.info(t)
-		if !errors.Is(err, ErrCorrupt) || i.NotReferenced != nil || i.Packs.Packs == 0 {
+		if !errors.Is(err, ErrCorrupt) || i.Reclaimable != nil || i.Packs.Packs == 0 {
 			t.Errorf("without %s: %+v, %v", key, i, err)
 		}
 	}

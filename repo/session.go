@@ -237,7 +237,7 @@ type listedSession struct {
 
 var sessionKey = regexp.MustCompile(`^sessions/([0-9a-f]{16})\.(begun|givenup|[0-9a-f]{8})$`)
 
-// sessions lists all sessions and reads what they announced.
+// sessions lists all sessions and reads what they announced. Where that cannot be read, the rest comes with an error.
 func (r *Repository) sessions(ctx context.Context) ([]*listedSession, error) {
 	var all []*listedSession
 	for o, err := range r.store.List(ctx, sessionsPrefix) {
@@ -257,12 +257,11 @@ func (r *Repository) sessions(ctx context.Context) ([]*listedSession, error) {
 		}
 		all[len(all)-1].add(match[2], o.Modified)
 	}
+	var bad []error
 	for _, s := range all {
-		if err := r.readSession(ctx, s); err != nil {
-			return nil, err
-		}
+		bad = append(bad, r.readSession(ctx, s))
 	}
-	return all, nil
+	return all, errors.Join(bad...)
 }
 
 func (s *listedSession) add(suffix string, modified time.Time) {

@@ -24,18 +24,19 @@ func repoInfoCommand() *cli.Command {
 
 // infoJSON is what a repository holds.
 type infoJSON struct {
-	ID            string            `json:"id"`
-	URL           string            `json:"repository"`
-	CreatedAt     time.Time         `json:"created_at"`
-	Encryption    string            `json:"encryption"`
-	SizeBytes     int64             `json:"size_bytes"`
-	StoredBytes   int64             `json:"stored_bytes"`
-	Packs         packsJSON         `json:"packs"`
-	WALBytes      int64             `json:"wal_bytes"`
-	OtherBytes    int64             `json:"other_bytes"`
-	Ratio         *float64          `json:"ratio"`
-	NotReferenced *packsJSON        `json:"not_referenced"`
-	Clusters      []clusterInfoJSON `json:"clusters"`
+	ID          string            `json:"id"`
+	URL         string            `json:"repository"`
+	CreatedAt   time.Time         `json:"created_at"`
+	Encryption  string            `json:"encryption"`
+	SizeBytes   int64             `json:"size_bytes"`
+	StoredBytes int64             `json:"stored_bytes"`
+	Packs       packsJSON         `json:"packs"`
+	WALBytes    int64             `json:"wal_bytes"`
+	OtherBytes  int64             `json:"other_bytes"`
+	Ratio       *float64          `json:"ratio"`
+	Reclaimable *packsJSON        `json:"reclaimable"`
+	Unfinished  packsJSON         `json:"unfinished"`
+	Clusters    []clusterInfoJSON `json:"clusters"`
 }
 
 // packsJSON is a number of packs.
@@ -91,10 +92,10 @@ func repoInfo(c *cli.Context) error {
 func newInfoJSON(i *repo.Info) infoJSON {
 	out := infoJSON{ID: i.ID, URL: i.URL, CreatedAt: i.CreatedAt.UTC(), Encryption: i.Encryption, SizeBytes: i.SizeBytes,
 		StoredBytes: i.Packs.Bytes + i.WALBytes + i.OtherBytes, Packs: packsJSON(i.Packs), WALBytes: i.WALBytes, OtherBytes: i.OtherBytes,
-		Ratio: ratio(i.SizeBytes, i.Packs.Bytes), Clusters: []clusterInfoJSON{}}
-	if i.NotReferenced != nil {
-		n := packsJSON(*i.NotReferenced)
-		out.NotReferenced = &n
+		Ratio: ratio(i.SizeBytes, i.Packs.Bytes), Unfinished: packsJSON(i.Unfinished), Clusters: []clusterInfoJSON{}}
+	if i.Reclaimable != nil {
+		n := packsJSON(*i.Reclaimable)
+		out.Reclaimable = &n
 	}
 	for _, c := range i.Clusters {
 		out.Clusters = append(out.Clusters, newClusterInfoJSON(c))
@@ -143,12 +144,14 @@ func (i infoJSON) print(w io.Writer) error {
 	}
 	fmt.Fprintf(w, "\nStored: %s, of which packs %s, WAL %s, documents %s\n", size(i.StoredBytes), size(i.Packs.Bytes), size(i.WALBytes), size(i.OtherBytes))
 	fmt.Fprintf(w, "Backups: %s, which is %s times the packs\n", size(i.SizeBytes), ratioText(i.Ratio))
-	if i.NotReferenced == nil {
-		_, err := fmt.Fprintln(w, "Not referenced: not known, for something could not be read")
+	if i.Unfinished.Packs > 0 {
+		fmt.Fprintf(w, "Unfinished: %d packs, %s, of backups that are being made or were killed\n", i.Unfinished.Packs, size(i.Unfinished.Bytes))
+	}
+	if i.Reclaimable == nil {
+		_, err := fmt.Fprintln(w, "Reclaimable: not known, for something could not be read")
 		return err
 	}
-	_, err := fmt.Fprintf(w, "Not referenced: %d packs, %s. A backup that is being made now counts here until it is done.\n",
-		i.NotReferenced.Packs, size(i.NotReferenced.Bytes))
+	_, err := fmt.Fprintf(w, "Reclaimable: %d packs, %s, which no backup needs: repo prune --yes deletes them\n", i.Reclaimable.Packs, size(i.Reclaimable.Bytes))
 	return err
 }
 

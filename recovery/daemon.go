@@ -102,10 +102,15 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 		return err
 	}
 	d.mode.held = d.bare.Remove(holdName) == nil
-	m, err := d.repo.Manifest(ctx, d.record.Cluster, d.record.Backup)
+	m, err := d.manifest(ctx)
 	if err != nil {
 		return err
 	}
+	session, err := d.repo.UseStill(ctx, "thaw", m.Name())
+	if err != nil {
+		return err
+	}
+	defer d.endSession(context.WithoutCancel(ctx), session)
 	owner, err := d.bare.owner()
 	if err != nil {
 		return err
@@ -133,6 +138,31 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 	control.Close()
 	end()
 	return errors.Join(err, g.Wait())
+}
+
+// manifest is that of the backup, also of one that was deleted since it was thawed: its bytes stay for a while, and all the
+// longer as the repository knows of the overlay.
+func (d *daemon) manifest(ctx context.Context) (*repo.Manifest, error) {
+	m, err := d.repo.Manifest(ctx, d.record.Cluster, d.record.Backup)
+	if !errors.Is(err, repo.ErrDeleted) {
+		return m, err
+	}
+	d.log.Warn("the backup was deleted: prune may reclaim what is not copied yet", "cluster", d.record.Cluster, "backup", d.record.Backup)
+	return d.repo.DeletedManifest(ctx, d.record.Cluster, d.record.Backup)
+}
+
+// endSession tells the repository that the backup is not needed any more, unless the overlay is to be taken up again.
+func (d *daemon) endSession(ctx context.Context, s *repo.Session) {
+	d.mu.Lock()
+	whole := d.sealed
+	d.mu.Unlock()
+	if !whole {
+		s.Leave()
+		return
+	}
+	if err := s.End(ctx); err != nil {
+		d.log.Warn("what prune is not to delete is still announced", "error", err)
+	}
 }
 
 // mountAll mounts every root, or none.

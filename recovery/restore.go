@@ -35,6 +35,11 @@ func Restore(ctx context.Context, r *repo.Repository, o Options) (Result, error)
 	if err != nil {
 		return Result{}, err
 	}
+	session, err := r.Use(ctx, "restore", j.backup.Manifest.Name())
+	if err != nil {
+		return Result{}, err
+	}
+	defer func() { _ = session.End(context.WithoutCancel(ctx)) }() // what is left of it prune takes away
 	before := r.ReadBytes()
 	c, err := j.collect(ctx)
 	if err != nil {

@@ -76,9 +76,7 @@ func (r *Repository) Check(ctx context.Context, o CheckOptions, found func(Findi
 	c := &checker{r: r, o: o, found: found, packs: map[PackID]*checkedPack{}, damages: map[uint32]*packDamage{},
 		bad: map[place]bool{}, tocs: newCache[PackID, *packTOC](checkTOCBytes)}
 	session, err := c.protect(ctx)
-	if session != nil {
-		defer func() { _ = session.End(context.WithoutCancel(ctx)) }() // what is left of it prune takes away
-	}
+	defer func() { _ = session.End(context.WithoutCancel(ctx)) }() // what is left of it prune takes away
 	if err == nil {
 		err = c.run(ctx)
 	}
@@ -228,7 +226,6 @@ func (c *checker) listBackups(ctx context.Context) error {
 }
 
 // protect keeps prune from the backups while they are checked, and lists them again as long as one is deleted before that.
-// Where nothing may be written the check goes on without.
 func (c *checker) protect(ctx context.Context) (*Session, error) {
 	for {
 		c.clusters = nil
@@ -242,13 +239,9 @@ func (c *checker) protect(ctx context.Context) (*Session, error) {
 			}
 		}
 		s, err := c.r.Use(ctx, "check", names...)
-		if errors.Is(err, ErrDeleted) {
-			continue
+		if !errors.Is(err, ErrDeleted) {
+			return s, err
 		}
-		if err != nil {
-			c.r.log.Debug("the check is not announced in the repository", "error", err)
-		}
-		return s, ctx.Err()
 	}
 }
 
@@ -303,13 +296,9 @@ func (c *checker) enter(u packUse, m *Manifest) {
 
 // checkOrphan reports a pack list without a manifest, unless a backup is being made, or the prune to come knows of it.
 func (c *checker) checkOrphan(ctx context.Context, cl *checkedCluster, id string) error {
-	name := BackupName{cl.name, id}
-	sessions, err := c.r.Sessions(ctx)
-	if err := unanswered(ctx, err); err != nil {
+	making, err := c.r.making(ctx)
+	if err := unanswered(ctx, err); err != nil || making[BackupName{cl.name, id}] {
 		return err
-	}
-	if slices.ContainsFunc(sessions, func(s SessionInfo) bool { return slices.Contains(s.Makes, name) }) {
-		return nil
 	}
 	key := manifestKey(cl.name, id)
 	if found, err := c.r.exists(ctx, key); err != nil {

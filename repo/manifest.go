@@ -53,6 +53,9 @@ type Manifest struct {
 	Packs PackListRef `json:"packs"`
 }
 
+// Name is what the backup is called in the repository.
+func (m *Manifest) Name() BackupName { return BackupName{m.Cluster, m.ID} }
+
 // Tablespace is one besides pg_default and pg_global.
 type Tablespace struct {
 	OID     uint32 `json:"oid"`
@@ -132,6 +135,15 @@ func (r *Repository) Manifest(ctx context.Context, cluster, id string) (*Manifes
 	id, err := r.resolveBackup(ctx, cluster, id)
 	if err != nil {
 		return nil, err
+	}
+	return r.readManifest(ctx, cluster, id)
+}
+
+// DeletedManifest returns the manifest of a backup that is deleted, as long as it is there: for who has begun to read it
+// before that. ErrNoBackup.
+func (r *Repository) DeletedManifest(ctx context.Context, cluster, id string) (*Manifest, error) {
+	if !backupID.MatchString(id) {
+		return nil, fmt.Errorf("%s %s: %w", cluster, id, ErrNoBackup)
 	}
 	return r.readManifest(ctx, cluster, id)
 }

@@ -129,7 +129,7 @@ func (p *pruner) giveUp(ctx context.Context) error {
 // giveUpSession first says that it does, then sees whether the session's backup was published, and if not, marks it as
 // deleted, whether or not it comes later. Only then the session may be forgotten.
 func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
-	if s.info != nil && !p.published(ctx, s.info) {
+	if s.info != nil && !s.done {
 		p.report.GivenUp = append(p.report.GivenUp, *s.info)
 	}
 	if !p.o.Apply {
@@ -140,7 +140,7 @@ func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
 			return err
 		}
 		for _, b := range s.info.Makes {
-			if settled, err := p.settle(ctx, b, s.info); err != nil || !settled {
+			if settled, err := p.settle(ctx, b, s); err != nil || !settled {
 				return err
 			}
 		}
@@ -150,13 +150,17 @@ func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
 
 // settle makes sure that a backup whose session was given up is either deleted, or in everybody's listings: then nothing
 // depends on the session any more.
-func (p *pruner) settle(ctx context.Context, b BackupName, by *SessionInfo) (settled bool, err error) {
+func (p *pruner) settle(ctx context.Context, b BackupName, by *listedSession) (settled bool, err error) {
 	found, err := p.r.exists(ctx, manifestKey(b.Cluster, b.Backup))
 	if err != nil {
 		return false, err
 	}
+	if !found && by.done { // deleted and collected since, or lost
+		deleted, err := p.r.exists(ctx, deletedKey(b.Cluster, b.Backup))
+		return deleted, err
+	}
 	if !found {
-		reason := fmt.Sprintf("its writer, process %d on %s, showed no sign of life for a day", by.PID, by.Host)
+		reason := fmt.Sprintf("its writer, process %d on %s, showed no sign of life for a day", by.info.PID, by.info.Host)
 		return true, p.r.markDeleted(ctx, b, reason)
 	}
 	for o, err := range p.r.store.List(ctx, manifestKey(b.Cluster, b.Backup)) {
@@ -165,24 +169,14 @@ func (p *pruner) settle(ctx context.Context, b BackupName, by *SessionInfo) (set
 	return false, nil
 }
 
-// published tells whether all that a session makes is there. It is for display.
-func (p *pruner) published(ctx context.Context, s *SessionInfo) bool {
-	for _, b := range s.Makes {
-		if found, err := p.r.exists(ctx, manifestKey(b.Cluster, b.Backup)); err != nil || !found {
-			return false
-		}
-	}
-	return len(s.Makes) > 0
-}
-
 // inventory is what there was in the repository. The order in which it is taken matters: what is listed first can be
 // referred to only by what is listed later, or was there before.
 type inventory struct {
 	packs    map[PackID]*packState
-	sessions map[SessionID]*SessionInfo
+	sessions map[SessionID]bool
 	backups  []*storedBackup
 	used     map[BackupName]bool // by sessions
-	makes    map[BackupName]bool // by sessions
+	making   map[BackupName]bool // by sessions that have not published it, as far as they say
 }
 
 type packState struct {
@@ -192,7 +186,7 @@ type packState struct {
 }
 
 func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
-	i := &inventory{packs: map[PackID]*packState{}, sessions: map[SessionID]*SessionInfo{}, used: map[BackupName]bool{}, makes: map[BackupName]bool{}}
+	i := &inventory{packs: map[PackID]*packState{}, sessions: map[SessionID]bool{}, used: map[BackupName]bool{}, making: map[BackupName]bool{}}
 	for o, err := range p.r.store.List(ctx, packsRoot) {
 		if err != nil {
 			return nil, fmt.Errorf("list packs: %w", err)
@@ -207,10 +201,12 @@ func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
 		return nil, err
 	}
 	for _, s := range sessions {
-		i.sessions[s.id] = s.info
+		i.sessions[s.id] = true
 		if s.info != nil {
 			addAll(i.used, s.info.Uses)
-			addAll(i.makes, s.info.Makes)
+		}
+		if s.info != nil && !s.done {
+			addAll(i.making, s.info.Makes)
 		}
 	}
 	i.backups, err = p.r.storedBackups(ctx, backupsRoot)
@@ -289,7 +285,7 @@ func (p *pruner) fate(i *inventory, b *storedBackup) fate {
 	switch {
 	case b.manifest && !deleted:
 		return stays
-	case !b.manifest && !b.packs, !deleted && i.makes[b.BackupName]:
+	case !b.manifest && !b.packs, !deleted && i.making[b.BackupName]:
 		return nothing
 	case !deleted && !b.manifest:
 		return unexplained
@@ -327,7 +323,7 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 func (p *pruner) sweep(ctx context.Context, i *inventory) error {
 	var dead []PackID
 	for id, s := range i.packs {
-		if _, writing := i.sessions[id.by()]; s.used || writing {
+		if s.used || i.sessions[id.by()] {
 			continue
 		}
 		if p.now.Sub(s.modified) < p.o.Grace {

@@ -74,7 +74,7 @@ func TestWriterGivenUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.leave() // it shows no sign of life
+		s.Leave() // it shows no sign of life
 		time.Sleep(sessionLife)
 		if report := prune(t, r, 1, 0); len(report.GivenUp) != 1 {
 			t.Errorf("%+v", report)

@@ -69,6 +69,7 @@ const (
 	sessionsPrefix  = "sessions/"
 	begunSuffix     = ".begun"
 	givenUpSuffix   = ".givenup"
+	doneSuffix      = ".done"
 	signOfLifeEvery = time.Hour
 	// sessionLife is after how long without a sign of life a session is given up.
 	sessionLife = 24 * time.Hour
@@ -88,14 +89,48 @@ type Session struct {
 }
 
 // Use announces that an operation reads backups, so that prune leaves them alone until the session is ended. ErrDeleted:
-// one of them is deleted already, or does not exist.
+// one of them is deleted. Where nothing can be written the session is nil, which can be left and ended like another: what
+// protects the operation then is the grace period.
 func (r *Repository) Use(ctx context.Context, operation string, backups ...BackupName) (*Session, error) {
-	return r.begin(ctx, SessionInfo{Operation: operation, Uses: backups})
+	s, err := r.begin(ctx, SessionInfo{Operation: operation, Uses: backups})
+	if errors.Is(err, ErrDeleted) {
+		return nil, err
+	}
+	return s, r.unannounced(ctx, operation, err)
+}
+
+// UseStill is Use for who read the backups before and goes on although they may be deleted by now: they stay from now on if
+// their bytes are there.
+func (r *Repository) UseStill(ctx context.Context, operation string, backups ...BackupName) (*Session, error) {
+	s, err := r.announce(ctx, SessionInfo{Operation: operation, Uses: backups})
+	return s, r.unannounced(ctx, operation, err)
+}
+
+// unannounced makes do without a session.
+func (r *Repository) unannounced(ctx context.Context, operation string, err error) error {
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	r.log.Warn("the repository does not know of this operation: if the backup is deleted, prune may reclaim it before the end", "operation", operation, "error", err)
+	return nil
 }
 
 // begin announces a session, and then makes sure that what it uses is not deleted: prune, the other way round, marks what
 // it deletes and then looks for sessions. So at least one of the two sees the other.
 func (r *Repository) begin(ctx context.Context, info SessionInfo) (*Session, error) {
+	s, err := r.announce(ctx, info)
+	if err != nil {
+		return nil, err
+	}
+	for _, used := range info.Uses {
+		if err := r.undeleted(ctx, used); err != nil {
+			return nil, errors.Join(err, s.End(context.WithoutCancel(ctx)))
+		}
+	}
+	return s, nil
+}
+
+func (r *Repository) announce(ctx context.Context, info SessionInfo) (*Session, error) {
 	info.document = document{sessionKind, formatVersion}
 	rand.Read(info.ID[:])
 	info.Host, _ = os.Hostname()
@@ -104,11 +139,6 @@ func (r *Repository) begin(ctx context.Context, info SessionInfo) (*Session, err
 	s := &Session{Info: info, r: r}
 	if err := s.put(ctx, begunSuffix); err != nil {
 		return nil, fmt.Errorf("announce %s: %w", info.Operation, err)
-	}
-	for _, used := range info.Uses {
-		if err := r.undeleted(ctx, used); err != nil {
-			return nil, errors.Join(err, s.End(context.WithoutCancel(ctx)))
-		}
 	}
 	var live context.Context
 	live, s.stop = context.WithCancel(context.WithoutCancel(ctx))
@@ -191,9 +221,16 @@ func errorIf(holds bool, err error) error {
 	return nil
 }
 
-// leave ends the signs of life, and leaves the session itself to prune.
-func (s *Session) leave() {
-	if s.stop != nil {
+// done says that what the session makes was published: should it be gone later, that is damage.
+func (s *Session) done(ctx context.Context) {
+	if err := s.put(ctx, doneSuffix); err != nil {
+		s.r.log.Debug("the session does not say that it is done", "error", err)
+	}
+}
+
+// Leave ends the signs of life and leaves the session: what it uses is protected for another day.
+func (s *Session) Leave() {
+	if s != nil {
 		s.stop()
 		s.alive.Wait()
 	}
@@ -201,7 +238,10 @@ func (s *Session) leave() {
 
 // End ends the session. It publishes nothing from now on, and nothing of what it used is protected any more.
 func (s *Session) End(ctx context.Context) error {
-	s.leave()
+	if s == nil {
+		return nil
+	}
+	s.Leave()
 	var signs []int
 	for n := max(s.sign-1, 1); n <= s.sign; n++ {
 		signs = append(signs, n)
@@ -216,7 +256,7 @@ func (r *Repository) endSession(ctx context.Context, id SessionID, signs []int) 
 	for _, n := range signs {
 		errs = append(errs, r.store.Delete(ctx, id.key(signSuffix(n))))
 	}
-	for _, suffix := range []string{begunSuffix, givenUpSuffix} {
+	for _, suffix := range []string{doneSuffix, begunSuffix, givenUpSuffix} {
 		errs = append(errs, r.store.Delete(ctx, id.key(suffix)))
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -233,9 +273,10 @@ type listedSession struct {
 	last    time.Time    // when the last sign of life came, by the store's clock
 	begun   bool
 	givenUp bool
+	done    bool
 }
 
-var sessionKey = regexp.MustCompile(`^sessions/([0-9a-f]{16})\.(begun|givenup|[0-9a-f]{8})$`)
+var sessionKey = regexp.MustCompile(`^sessions/([0-9a-f]{16})\.(begun|done|givenup|[0-9a-f]{8})$`)
 
 // sessions lists all sessions and reads what they announced. Where that cannot be read, the rest comes with an error.
 func (r *Repository) sessions(ctx context.Context) ([]*listedSession, error) {
@@ -268,6 +309,8 @@ func (s *listedSession) add(suffix string, modified time.Time) {
 	switch "." + suffix {
 	case begunSuffix:
 		s.begun = true
+	case doneSuffix:
+		s.done = true
 	case givenUpSuffix:
 		s.givenUp = true
 		return // it is no sign of life
@@ -281,19 +324,21 @@ func (s *listedSession) add(suffix string, modified time.Time) {
 }
 
 // readSession reads the announcement, or what the word that the session was given up repeats of it. One that was ended
-// meanwhile has neither.
-func (r *Repository) readSession(ctx context.Context, s *listedSession) error {
-	for _, suffix := range []string{begunSuffix, givenUpSuffix} {
-		info, err := r.sessionInfo(ctx, s.id.key(suffix))
-		if err == nil {
-			s.info = info
-			return nil
-		}
-		if !errors.Is(err, store.ErrNotExist) {
+// meanwhile has neither. That a session is done is believed only if it can be read, too.
+func (r *Repository) readSession(ctx context.Context, s *listedSession) (err error) {
+	if s.done {
+		if _, err = r.sessionInfo(ctx, s.id.key(doneSuffix)); err != nil && !errors.Is(err, store.ErrNotExist) {
 			return err
 		}
 	}
-	return nil
+	s.info, err = r.sessionInfo(ctx, s.id.key(begunSuffix))
+	if errors.Is(err, store.ErrNotExist) {
+		s.info, err = r.sessionInfo(ctx, s.id.key(givenUpSuffix))
+	}
+	if errors.Is(err, store.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 func (r *Repository) sessionInfo(ctx context.Context, key string) (*SessionInfo, error) {
@@ -314,16 +359,16 @@ func (r *Repository) sessionInfo(ctx context.Context, key string) (*SessionInfo,
 	return info, nil
 }
 
-// Sessions lists what is under way, or was and has not been cleaned up after.
-func (r *Repository) Sessions(ctx context.Context) ([]SessionInfo, error) {
-	listed, err := r.sessions(ctx)
-	var all []SessionInfo
-	for _, s := range listed {
-		if s.info != nil {
-			all = append(all, *s.info)
+// making lists the backups that are being made, or were when their writers died.
+func (r *Repository) making(ctx context.Context) (map[BackupName]bool, error) {
+	sessions, err := r.sessions(ctx)
+	making := map[BackupName]bool{}
+	for _, s := range sessions {
+		if s.info != nil && !s.done {
+			addAll(making, s.info.Makes)
 		}
 	}
-	return all, err
+	return making, err
 }
 
 // putGivenUp says that a session is given up: whoever works in it finds out before it promises anything.

@@ -35,7 +35,7 @@ func (r *Repository) WriteBackup(ctx context.Context, cluster string, o BackupOp
 	if err != nil {
 		return nil, err
 	}
-	defer session.leave() // it protects what is published until listings are sure to show that; prune cleans up
+	defer session.Leave() // it protects what is published until listings are sure to show that; prune cleans up
 	m, err := r.prepareBackup(ctx, session, o, fn)
 	if err != nil {
 		return nil, err
@@ -52,6 +52,7 @@ func (r *Repository) WriteBackup(ctx context.Context, cluster string, o BackupOp
 	if err := session.rely(ctx); err != nil {
 		return nil, fmt.Errorf("backup %s was published, but cannot be relied on: %w", m.ID, err)
 	}
+	session.done(ctx)
 	return m, nil
 }
 
@@ -61,7 +62,7 @@ func (o BackupOptions) session(cluster string) SessionInfo {
 	rand.Read(salt[:])
 	info := SessionInfo{Operation: "backup", Makes: []BackupName{{cluster, newBackupID(time.Now(), salt)}}}
 	if o.Prior != nil {
-		info.Uses = []BackupName{{o.Prior.Manifest.Cluster, o.Prior.Manifest.ID}}
+		info.Uses = []BackupName{o.Prior.Manifest.Name()}
 	}
 	return info
 }
@@ -183,7 +184,7 @@ func (w *BackupWriter) abandon(ctx context.Context, session *Session) error {
 	defer cancel()
 	b := session.Info.Makes[0]
 	if err := errors.Join(w.packs.abandon(ctx), w.r.store.Delete(ctx, packListKey(b.Cluster, b.Backup))); err != nil {
-		session.leave()
+		session.Leave()
 		return err
 	}
 	return session.End(ctx)

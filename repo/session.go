@@ -267,13 +267,11 @@ func (r *Repository) endSession(ctx context.Context, id SessionID, signs []int) 
 
 // listedSession is a session as prune finds it.
 type listedSession struct {
-	id      SessionID
-	info    *SessionInfo // nil: its announcement is gone
-	signs   []int        // numbers of its signs of life
-	last    time.Time    // when the last sign of life came, by the store's clock
-	begun   bool
-	givenUp bool
-	done    bool
+	id    SessionID
+	info  *SessionInfo // nil: its announcement is gone
+	signs []int        // numbers of its signs of life
+	last  time.Time    // when the last sign of life came, by the store's clock
+	done  bool
 }
 
 var sessionKey = regexp.MustCompile(`^sessions/([0-9a-f]{16})\.(begun|done|givenup|[0-9a-f]{8})$`)
@@ -308,11 +306,9 @@ func (r *Repository) sessions(ctx context.Context) ([]*listedSession, error) {
 func (s *listedSession) add(suffix string, modified time.Time) {
 	switch "." + suffix {
 	case begunSuffix:
-		s.begun = true
 	case doneSuffix:
 		s.done = true
 	case givenUpSuffix:
-		s.givenUp = true
 		return // it is no sign of life
 	default:
 		n, _ := strconv.ParseUint(suffix, 16, 32)

@@ -43,7 +43,7 @@ func TestTour(t *testing.T) {
 	if n := strings.Count(out, "\n  1000\n"); n != 3 {
 		t.Errorf("a thousand rows were counted %d times, want 3:\n%s", n, out)
 	}
-	for _, pattern := range []string{"*", ".config/pgthaw/keys/*"} {
+	for _, pattern := range []string{"[^.]*", ".config/pgthaw/keys/*"} {
 		if left, err := filepath.Glob(filepath.Join(home, pattern)); err != nil || len(left) > 0 {
 			t.Errorf("the tour leaves %q behind (%v)", left, err)
 		}

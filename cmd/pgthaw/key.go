@@ -124,7 +124,9 @@ func openAt(ctx context.Context, c *cli.Context, url string, s *keySearch) (*rep
 	r, err := repo.Open(ctx, url, repo.Options{Log: logger(c), Keys: keys, FindKeys: s.find})
 	switch {
 	case err == nil && len(keys) == 0:
-		err = refuseDowngrade(r)
+		if err = refuseDowngrade(r); err != nil {
+			return nil, errors.Join(err, r.Close())
+		}
 	case errors.Is(err, repo.ErrWrongKey) && s.found != "":
 		err = fmt.Errorf("%w (%s)", err, s.found)
 	}
@@ -141,6 +143,8 @@ type keySearch struct {
 	found  string
 }
 
+const otherKeyHint = "Put a copy of the key there, or give another key of the repository with --key-file FILE or --passphrase-file FILE."
+
 // take has a flag name a file, unless that is not there.
 func (s *keySearch) take(flag, path string) {
 	if path == "" {
@@ -150,7 +154,7 @@ func (s *keySearch) take(flag, path string) {
 		s.looked = append(s.looked, path)
 		return
 	}
-	s.c.Set(flag, path)
+	_ = s.c.Set(flag, path) // fails for flags that do not exist
 }
 
 // find looks for the key file that "repo init" made. From then on it is as if --key-file had named it, also for daemons
@@ -170,7 +174,7 @@ func (s *keySearch) find(p repo.Place) ([]repo.Key, error) {
 			keys, err = repo.ParseKeys(b)
 		}
 		if err != nil {
-			return nil, keyFailure(fmt.Errorf("read the repository's key file %s: %w", s.found, err))
+			return nil, &failure{err: fmt.Errorf("read the repository's key file %s: %w", s.found, err), code: exitKey, hint: otherKeyHint}
 		}
 		return keys, s.c.Set(keyFileFlag, s.found)
 	}
@@ -200,16 +204,25 @@ func refuseDowngrade(r *repo.Repository) error {
 	if r.Encryption() != repo.EncryptionNone {
 		return nil
 	}
+	path, err := keyMadeFor(r)
+	if path != "" {
+		return fmt.Errorf("%s: %w: %s was made for it", r.URL(), repo.ErrNotEncrypted, path)
+	}
+	return err
+}
+
+// keyMadeFor is a key file that "repo init" made for a repository at this URL; "" if there is none.
+func keyMadeFor(r *repo.Repository) (path string, err error) {
 	p, err := r.Place()
 	if err != nil {
-		return err
+		return "", err
 	}
 	for _, h := range keyHomes(p) {
-		if path := h.keyMadeAt(r.URL()); path != "" {
-			return fmt.Errorf("%s: %w: %s was made for it", r.URL(), repo.ErrNotEncrypted, path)
+		if path := h.keyMadeAt(p.URL); path != "" {
+			return path, nil
 		}
 	}
-	return nil
+	return "", nil
 }
 
 var errNoTerminal = errors.New("no terminal")

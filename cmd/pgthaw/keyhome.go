@@ -51,6 +51,8 @@ func homeOf(uid int) keyHome {
 	return keyHome{dir: keysIn(filepath.Join(u.HomeDir, ".config")), uid: uid, gid: gid}
 }
 
+func ownerID(info fs.FileInfo) int { return int(info.Sys().(*syscall.Stat_t).Uid) }
+
 func keysIn(config string) string { return filepath.Join(config, "pgthaw", "keys") }
 
 // ownHome is that of the user of this process: $XDG_CONFIG_HOME, else $HOME, but not one that runuser or sudo left of another
@@ -63,7 +65,7 @@ func ownHome() keyHome {
 	}
 	home := os.Getenv("HOME")
 	info, err := os.Stat(home)
-	if err == nil && filepath.IsAbs(home) && int(info.Sys().(*syscall.Stat_t).Uid) == own.uid {
+	if err == nil && filepath.IsAbs(home) && ownerID(info) == own.uid {
 		own.dir = keysIn(filepath.Join(home, ".config"))
 		return own
 	}
@@ -143,9 +145,13 @@ const madeAt = "# made at "
 
 // keyMadeAt is a key file of this home that was made for a repository at the URL; "" if there is none.
 func (h keyHome) keyMadeAt(url string) (found string) {
-	_ = recovery.AsUser(h.uid, h.gid, func() error { // where nobody can read there is no key either
-		paths, err := filepath.Glob(h.file("*"))
-		for _, path := range paths {
+	if h.err != nil {
+		return ""
+	}
+	_ = recovery.AsUser(h.uid, h.gid, func() error { // what cannot be read tells nothing
+		files, err := os.ReadDir(h.dir)
+		for _, f := range files {
+			path := filepath.Join(h.dir, f.Name())
 			if b, err := readRegular(path); err == nil && saysMadeAt(b, url) {
 				found = path
 			}

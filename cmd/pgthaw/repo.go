@@ -116,7 +116,11 @@ func (m *keyMaker) print(r *repo.Repository) error {
 		return printJSON(out, madeJSON{r.URL(), r.ID(), r.Encryption(), k.KeyFile})
 	}
 	if r.Encryption() == repo.EncryptionNone {
-		_, err := fmt.Fprintf(out, "Repository %s made at %s, not encrypted\n", r.ID(), r.URL())
+		fmt.Fprintf(out, "Repository %s made at %s, not encrypted\n", r.ID(), r.URL())
+		path, err := keyMadeFor(r)
+		if path != "" {
+			fmt.Fprintf(m.c.App.ErrWriter, "pgthaw: warning: %s is the key of a repository that was here before: move it away, or this one is refused\n", path)
+		}
 		return err
 	}
 	fmt.Fprintf(out, "Repository %s made at %s, encrypted\n", r.ID(), r.URL())

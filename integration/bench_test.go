@@ -51,7 +51,7 @@ func newBench(t *testing.T) *bench {
 	b.writePgBackRestConf()
 	b.runAsPostgres(b.pgbackrest("stanza-create")...)
 	fillBench(b.c, benchGB())
-	asPostgres.run(t, "repo", "init", b.repo).ok(t)
+	asPostgres.run(t, "repo", "init", b.repo, "--no-encryption").ok(t) // as pgBackRest's is not
 	return b
 }
 

@@ -25,7 +25,7 @@ const (
 // invocation says how pgthaw is run. The zero value is as root with a bare environment.
 type invocation struct {
 	postgres bool     // as user postgres
-	env      []string // NAME=value, beside PATH, HOME, LC_ALL, TZ, TMPDIR
+	env      []string // NAME=value, beside PATH, HOME, XDG_CONFIG_HOME, LC_ALL, TZ, TMPDIR
 	stdin    string
 	limit    time.Duration // runLimit when zero; the run then gets SIGQUIT, and prints its goroutines
 }

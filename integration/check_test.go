@@ -54,7 +54,8 @@ type manifest struct {
 
 func newChecked(t *testing.T) *checked {
 	t.Helper()
-	a := newArchived(t, postgresql(t, 15), clusterOptions{walSegmentMB: 1, checksums: true, pgbenchScale: 1, conf: []string{"fsync = off"}})
+	a := newArchived(t, postgresql(t, 15), clusterOptions{walSegmentMB: 1, checksums: true, pgbenchScale: 1, conf: []string{"fsync = off"}},
+		"--no-encryption") // its documents are read, and its bytes changed with care
 	c := &checked{archived: a}
 	c.backups[0] = c.backUp(t)
 	c.early = map[string]bool{}

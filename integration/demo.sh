@@ -54,8 +54,9 @@ trap 'exit 143' TERM
 
 install -m 755 "$here/pgthaw" "$dir/pgthaw"
 chmod 755 "$dir"
-install -d -o postgres -g postgres -m 700 "$dir/source" "$dir/run" "$dir/repository"
+install -d -o postgres -g postgres -m 700 "$dir/source" "$dir/run" "$dir/repository" "$dir/config"
 export PGTHAW_REPO=file://$dir/repository
+export XDG_CONFIG_HOME=$dir/config  # the repository's key goes there, and away with the rest
 pgthaw=$dir/pgthaw
 
 step "A throw-away cluster with pgbench's tables at scale $scale ($("$PGBIN/postgres" --version))"
@@ -79,7 +80,7 @@ archive_command = '$pgthaw --repo $PGTHAW_REPO wal push demo "%p"'
 CONF
 as_postgres "$PGBIN/pg_ctl" start -s -w -D "$dir/source" -l "$dir/run/server.log"
 
-step "A repository, and a backup"
+step "A repository, encrypted, and a backup"
 show "pgthaw repo init $PGTHAW_REPO"
 as_postgres "$pgthaw" repo init "$PGTHAW_REPO" >/dev/null
 show "pgthaw backup demo"

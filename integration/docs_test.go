@@ -76,7 +76,7 @@ func runPage(t *testing.T, page string, table []documented) {
 			unmount(point)
 		}
 	})
-	env := []string{"PGDATA=" + c.data, "PGTHAW_REPO=" + home + "/repo", "PGTHAW_KEY_FILE=" + home + "/key"}
+	env := []string{"PGDATA=" + c.data, "PGTHAW_REPO=" + home + "/repo"}
 	for _, d := range table {
 		if out, code := typed(t, c, home, d.script(t), env...); code != 0 {
 			t.Fatalf("%s\nended with exit code %d:\n%s", d.script(t), code, out)
@@ -131,7 +131,9 @@ func TestOperationsPageRuns(t *testing.T) {
 	data := map[string]string{"DIR": "~/data"}
 	start := "-l ~/log -o '-k /tmp -c listen_addresses= -p " + strconv.Itoa(freePort(t)) + "'"
 	runPage(t, "operations.md", []documented{
-		{line: "pgthaw repo init --key-file /etc/pgthaw/key URL", with: map[string]string{"/etc/pgthaw/key": "~/key"}},
+		{line: "pgthaw repo init URL"},
+		{line: "pgthaw repo key export", and: "> ~/sheet"},
+		{line: "pgthaw repo init --key-file FILE URL", with: map[string]string{"FILE": "~/key", "URL": "~/another"}},
 		{line: "pgthaw repo key add", before: "echo many a word > ~/passphrase", and: "--new-passphrase-file ~/passphrase"},
 		{line: "pgthaw wal list CLUSTER", before: "pgthaw backup main"},
 		{line: "pgthaw overlay resume DIR", before: thawAgain("~/data") + killDaemon, with: data},

@@ -26,7 +26,8 @@ import (
 	"time"
 )
 
-// scratch is the run's directory, made by TestMain: bin/pgthaw, home (HOME of every pgthaw), tmp (what tests make).
+// scratch is the run's directory, made by TestMain: bin/pgthaw, home (HOME of every pgthaw), config (XDG_CONFIG_HOME of every
+// pgthaw, where the keys of repositories lie that are made without a word about keys), tmp (what tests make).
 // It is short, because a unix socket's path has 107 bytes, and open to the server's user.
 var scratch string
 
@@ -64,7 +65,7 @@ func prepareScratch() (err error) {
 	if scratch, err = os.MkdirTemp("", "pgthaw-it"); err != nil {
 		return err
 	}
-	for dir, mode := range map[string]os.FileMode{"": 0o755, "bin": 0o755, "home": 0o1777, "tmp": 0o1777} {
+	for dir, mode := range map[string]os.FileMode{"": 0o755, "bin": 0o755, "home": 0o1777, "tmp": 0o1777, "config": 0o755, "config/pgthaw/keys": 0o1777} {
 		path := filepath.Join(scratch, dir)
 		if err := os.MkdirAll(path, 0o755); err != nil {
 			return err

@@ -24,7 +24,7 @@ const newBackupLimit = 30 * time.Second
 func TestMount(t *testing.T) {
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
-			a := newArchived(t, p, clusterOptions{checksums: true, pgbenchScale: 1, tablespaces: []string{"fast", "slow"}})
+			a := newArchived(t, p, clusterOptions{checksums: true, pgbenchScale: 1, tablespaces: []string{"fast", "slow"}}, plainFor(p, 15)...)
 			l := startLedger(t, a.cluster, 2)
 			l.waitCommits(50)
 			b := a.newest(t)

@@ -125,5 +125,6 @@ func ownedByPostgres(t *testing.T, path string) {
 
 // environment is that of every program tests run: no PG* or PGTHAW_* of whoever runs them.
 func environment(more ...string) []string {
-	return append([]string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C.UTF-8", "TZ=UTC", "TMPDIR=" + filepath.Join(scratch, "tmp")}, more...)
+	return append([]string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C.UTF-8", "TZ=UTC", "TMPDIR=" + filepath.Join(scratch, "tmp"),
+		"XDG_CONFIG_HOME=" + filepath.Join(scratch, "config")}, more...)
 }

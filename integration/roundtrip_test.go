@@ -18,15 +18,24 @@ func (a archived) pgthaw(t *testing.T, args ...string) result {
 	return invocation{postgres: true, env: []string{"PGTHAW_REPO=" + a.repo}}.run(t, args...)
 }
 
-func newArchived(t *testing.T, p installation, o clusterOptions) archived {
+// newArchived makes the repository as "repo init" does by itself, which is encrypted; or with other flags.
+func newArchived(t *testing.T, p installation, o clusterOptions, init ...string) archived {
 	t.Helper()
 	dir := tempDir(t)
 	ownedByPostgres(t, dir)
 	repo := filepath.Join(dir, "repo")
-	asPostgres.run(t, "repo", "init", repo).ok(t)
+	asPostgres.run(t, append([]string{"repo", "init", repo}, init...)...).ok(t)
 	binary := filepath.Join(scratch, "bin", "pgthaw")
 	o.conf = append(o.conf, "archive_mode = on", fmt.Sprintf("archive_command = '%s --repo %s wal push main \"%%p\"'", binary, repo))
 	return archived{newCluster(t, p, o), repo}
+}
+
+// plainFor has the tests of one major use a repository that is not encrypted.
+func plainFor(p installation, major int) []string {
+	if p.major == major {
+		return []string{"--no-encryption"}
+	}
+	return nil
 }
 
 // listed is what these tests read of list --json.
@@ -40,7 +49,7 @@ type listed struct {
 func TestRoundTrip(t *testing.T) {
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
-			a := newArchived(t, p, clusterOptions{checksums: true, pgbenchScale: 2, tablespaces: []string{"fast", "slow"}})
+			a := newArchived(t, p, clusterOptions{checksums: true, pgbenchScale: 2, tablespaces: []string{"fast", "slow"}}, plainFor(p, 16)...)
 			l := startLedger(t, a.cluster, 2)
 			l.waitCommits(50)
 			a.pgthaw(t, "backup", "main", "--pg-connection", a.dsn("postgres")).ok(t)

@@ -80,7 +80,7 @@ func TestBackupOfStandbyAlone(t *testing.T) {
 			dir := tempDir(t)
 			ownedByPostgres(t, dir)
 			a := archived{newCluster(t, p, smallSegments), filepath.Join(dir, "repo")}
-			a.pgthaw(t, "repo", "init", a.repo).ok(t)
+			a.pgthaw(t, append([]string{"repo", "init", a.repo}, plainFor(p, 18)...)...).ok(t)
 			r := a.Replica()
 			l := startLedger(t, a.cluster, 2)
 			l.waitCommits(50)

@@ -43,8 +43,10 @@ func TestTour(t *testing.T) {
 	if n := strings.Count(out, "\n  1000\n"); n != 3 {
 		t.Errorf("a thousand rows were counted %d times, want 3:\n%s", n, out)
 	}
-	if left, err := filepath.Glob(filepath.Join(home, "*")); err != nil || len(left) > 0 {
-		t.Errorf("the tour leaves %q behind (%v)", left, err)
+	for _, pattern := range []string{"[^.]*", ".config/pgthaw/keys/*"} {
+		if left, err := filepath.Glob(filepath.Join(home, pattern)); err != nil || len(left) > 0 {
+			t.Errorf("the tour leaves %q behind (%v)", left, err)
+		}
 	}
 }
 
@@ -69,7 +71,7 @@ func typed(t *testing.T, c *cluster, home, script string, env ...string) (out st
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = pipeLimit
 	cmd.Dir = home
-	cmd.Env = environment(append(env, "HOME="+home, "PATH="+filepath.Join(scratch, "bin")+":"+c.bin+":"+os.Getenv("PATH"),
+	cmd.Env = environment(append(env, "HOME="+home, "XDG_CONFIG_HOME=", "PATH="+filepath.Join(scratch, "bin")+":"+c.bin+":"+os.Getenv("PATH"),
 		"PGHOST="+c.dir, "PGPORT="+strconv.Itoa(c.port), "PGUSER=postgres", "PGDATABASE=postgres")...)
 	text, err := cmd.CombinedOutput()
 	if cmd.ProcessState == nil || err != nil && cmd.ProcessState.Success() {

@@ -61,7 +61,7 @@ type mounted struct {
 // Serve is the body of an overlay's daemon: it mounts what Thaw laid at dir, calls ready, fills the directories, and
 // returns when they are whole and the mounts are off. It answers on the control socket meanwhile. When ctx ends it takes
 // the mounts off as soon as nobody uses them, and what is not whole yet can be taken up again.
-func Serve(ctx context.Context, dir string, open func(ctx context.Context, repoURL string) (*repo.Repository, error), ready func() error, log *slog.Logger) error {
+func Serve(ctx context.Context, dir string, open func(ctx context.Context, repoURL string, keys KeyFiles) (*repo.Repository, error), ready func() error, log *slog.Logger) error {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
@@ -89,7 +89,7 @@ func Serve(ctx context.Context, dir string, open func(ctx context.Context, repoU
 		return err
 	}
 	defer lock.Close()
-	if d.repo, err = open(ctx, d.record.Repository); err != nil {
+	if d.repo, err = open(ctx, d.record.Repository, d.record.KeyFiles); err != nil {
 		return err
 	}
 	defer d.repo.Close()

@@ -174,6 +174,9 @@ func (b bareDir) empty(o owner) error {
 	})
 }
 
+// AsUser has root call fn with no more rights than that user's.
+func AsUser(uid, gid int, fn func() error) error { return asUser(lookupOwner(uid, gid), fn) }
+
 // asUser has root call fn with no more rights than the user's; anybody else calls it as it is. In Linux rights belong to
 // threads: fn gets one of its own, which ends with it.
 func asUser(o owner, fn func() error) error {

@@ -191,7 +191,7 @@ func TestResumeForgedRecord(t *testing.T) {
 	if err := Resume(t.Context(), f.dir, spawn); !errors.Is(err, ErrTargetDir) || spawned != 1 {
 		t.Errorf("a forged record: %v", err)
 	}
-	open := func(context.Context, string) (*repo.Repository, error) {
+	open := func(context.Context, string, KeyFiles) (*repo.Repository, error) {
 		t.Error("the repository is opened")
 		return nil, errors.New("not here")
 	}

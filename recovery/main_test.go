@@ -126,7 +126,7 @@ func serveMain(dir string) int {
 	defer stop()
 	syscall.CloseOnExec(3)
 	pipe := os.NewFile(3, "ready")
-	open := func(ctx context.Context, url string) (*repo.Repository, error) {
+	open := func(ctx context.Context, url string, _ KeyFiles) (*repo.Repository, error) {
 		return repo.Open(ctx, url, repo.Options{})
 	}
 	ready := func() error {

@@ -36,11 +36,18 @@ type record struct {
 	Backup     string `json:"backup"`
 	Hydrate    string `json:"hydrate"`
 	Roots      []root `json:"roots"` // the data directory first
+	KeyFiles
 
 	by int // the user who owns the file
 }
 
 const recordVersion = 1
+
+// KeyFiles are the files that hold keys of an encrypted repository, as absolute paths; "" is none.
+type KeyFiles struct {
+	KeyFile        string `json:"key_file,omitempty"`
+	PassphraseFile string `json:"passphrase_file,omitempty"`
+}
 
 // bareDir is a thawed directory beneath its mount, or without one.
 type bareDir struct{ *os.Root }

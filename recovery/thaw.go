@@ -14,7 +14,8 @@ import (
 // ThawOptions are those of Thaw.
 type ThawOptions struct {
 	Options
-	Hydrate string // "", "auto", "off", or a rate: "50MB" a second
+	Hydrate  string   // "", "auto", "off", or a rate: "50MB" a second
+	KeyFiles KeyFiles // for those who take the overlay up later; the overlay keeps their names, never what is in them
 
 	// SpawnDaemon starts a process that calls Serve for dir, and returns when that is ready.
 	SpawnDaemon func(ctx context.Context, dir string) error
@@ -42,7 +43,7 @@ func Thaw(ctx context.Context, r *repo.Repository, o ThawOptions) (Result, error
 		}
 	}
 	before := r.ReadBytes()
-	err = j.lay(ctx, o.Hydrate)
+	err = j.lay(ctx, o)
 	if err == nil {
 		err = o.SpawnDaemon(ctx, j.dir())
 	}
@@ -57,14 +58,14 @@ func Thaw(ctx context.Context, r *repo.Repository, o ThawOptions) (Result, error
 }
 
 // lay makes the bare directories with all that is ours in them. Lay syncs the file system when it is done.
-func (j *job) lay(ctx context.Context, hydrate string) error {
+func (j *job) lay(ctx context.Context, o ThawOptions) error {
 	if err := makeRoots(ctx, j.roots, j.backup, j.owner); err != nil {
 		return err
 	}
 	m := j.route.Manifest
 	err := writeRecord(j.dir(), record{
 		Version: recordVersion, Target: j.dir(), Repository: j.r.URL(),
-		Cluster: m.Cluster, Backup: m.ID, Hydrate: hydrate, Roots: j.roots,
+		Cluster: m.Cluster, Backup: m.ID, Hydrate: o.Hydrate, Roots: j.roots, KeyFiles: o.KeyFiles,
 	})
 	if err == nil && j.start != nil {
 		err = os.WriteFile(filepath.Join(j.dir(), holdName), nil, 0o600)
@@ -75,9 +76,9 @@ func (j *job) lay(ctx context.Context, hydrate string) error {
 	if err != nil {
 		return err
 	}
-	o := j.layOptions()
+	how := j.layOptions()
 	for _, r := range j.roots {
-		if _, err := fusefs.Lay(ctx, j.backup, r.Path, r.Dir, o); err != nil {
+		if _, err := fusefs.Lay(ctx, j.backup, r.Path, r.Dir, how); err != nil {
 			return err
 		}
 	}

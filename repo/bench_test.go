@@ -84,7 +84,7 @@ func BenchmarkCompressing(b *testing.B) {
 func BenchmarkPassphrase(b *testing.B) {
 	k := passphraseKey(b, "a b c")
 	m := newMasterKey()
-	slot, err := newKeySlot(&m, k, "")
+	slot, err := (&seals{master: &m}).newKeySlot(k, "")
 	if err != nil {
 		b.Fatal(err)
 	}

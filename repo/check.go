@@ -174,7 +174,12 @@ func (c *checker) progress(phase string, done, total int64) {
 
 // checkKeySlots reads those of an encrypted repository. One that is damaged is somebody's only way in.
 func (c *checker) checkKeySlots(ctx context.Context) error {
-	_, err := c.r.KeySlots(ctx)
+	slots, err := c.r.KeySlots(ctx)
+	for _, slot := range slots {
+		if slot.Foreign {
+			c.report(Finding{Object: slot.key(), Err: foreign(slot), Cost: "Its label and recipient may be wrong; nothing opens with it."})
+		}
+	}
 	var bad *CorruptError
 	if errors.As(err, &bad) {
 		c.report(Finding{Object: bad.Object, Err: err, Cost: "Whoever holds this key cannot open the repository with it."})

@@ -22,7 +22,8 @@ var (
 	ErrPlain            = errors.New("the repository is not encrypted, and never will be")
 	ErrNoKeySlot        = errors.New("no such key in the repository")
 	ErrLastKey          = errors.New("the last key of the repository cannot be removed: nobody could open it any more")
-	ErrNotEncrypted     = errors.New("a key is given, but the repository says that it is not encrypted")
+	ErrPerhapsMade      = errors.New("the repository may be there nevertheless")
+	ErrNotEncrypted     = errors.New("there is a key for it, but the repository says that it is not encrypted")
 )
 
 // ErrDeleted is an ErrNoBackup.

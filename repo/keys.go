@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -53,6 +54,15 @@ func NewKey() (k Key, file []byte, err error) {
 	return x25519Key(id), []byte(text), nil
 }
 
+// NewSheetKey makes one whose text is to be printed, and typed in by a person.
+func NewSheetKey() (k Key, lines []string, err error) {
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		return Key{}, nil, err
+	}
+	return x25519Key(id), typedLines(id.String()), nil
+}
+
 func x25519Key(id *age.X25519Identity) Key {
 	return Key{slotX25519, id.Recipient().String(), id.Recipient(), id}
 }
@@ -72,11 +82,18 @@ func PassphraseKey(passphrase string) (Key, error) {
 	return Key{slotPassphrase, "", to, from}, nil
 }
 
-// ParseKeys reads a key file: age identities, or one SSH private key. Its errors tell nothing of what is in it.
+// ParseKeys reads a key file: age identities, one SSH private key, or what a person typed in from a recovery sheet. Its
+// errors tell nothing of what is in it.
 func ParseKeys(file []byte) ([]Key, error) {
 	if bytes.HasPrefix(bytes.TrimSpace(file), []byte("-----BEGIN")) {
 		k, err := sshKey(file)
 		return []Key{k}, err
+	}
+	if isTyped(file) {
+		var err error
+		if file, err = parseTyped(file); err != nil {
+			return nil, err
+		}
 	}
 	ids, err := age.ParseIdentities(bytes.NewReader(file))
 	if err != nil {
@@ -143,6 +160,11 @@ type KeySlot struct {
 	Recipient string    `json:"recipient"` // public; "" of a passphrase
 	CreatedAt time.Time `json:"created_at"`
 	Wrapped   []byte    `json:"wrapped"` // the master key, as an age file
+
+	Authentication string `json:"authentication"` // by who has the master key
+
+	// Foreign: somebody without the master key put the slot there, or changed it. Set by KeySlots.
+	Foreign bool `json:"-"`
 }
 
 const (
@@ -152,14 +174,14 @@ const (
 
 func (s KeySlot) key() string { return keySlotsPrefix + s.ID }
 
-// newKeySlot wraps a master key for the holder of k.
-func newKeySlot(m *masterKey, k Key, label string) (KeySlot, error) {
+// newKeySlot wraps the master key for the holder of k.
+func (s *seals) newKeySlot(k Key, label string) (KeySlot, error) {
 	var id [8]byte
 	rand.Read(id[:])
 	var wrapped bytes.Buffer
 	w, err := age.Encrypt(&wrapped, k.recipient)
 	if err == nil {
-		_, err = w.Write(m[:])
+		_, err = w.Write(s.master[:])
 	}
 	if err == nil {
 		err = w.Close()
@@ -167,8 +189,15 @@ func newKeySlot(m *masterKey, k Key, label string) (KeySlot, error) {
 	if err != nil {
 		return KeySlot{}, fmt.Errorf("wrap the repository's key: %w", err)
 	}
-	return KeySlot{document: document{keySlotKind, formatVersion}, ID: hex.EncodeToString(id[:]), Type: k.slotType, Label: label,
-		Recipient: k.public, CreatedAt: time.Now().UTC().Truncate(time.Second), Wrapped: wrapped.Bytes()}, nil
+	slot := KeySlot{document: document{keySlotKind, formatVersion}, ID: hex.EncodeToString(id[:]), Type: k.slotType, Label: label,
+		Recipient: k.public, CreatedAt: time.Now().UTC().Truncate(time.Second), Wrapped: wrapped.Bytes()}
+	slot.Authentication = s.master.authenticateSlot(s.id, slot)
+	return slot, nil
+}
+
+// genuine tells whether the slot is as somebody wrote it who has the master key.
+func (s *seals) genuine(slot KeySlot) bool {
+	return s.master != nil && hmac.Equal([]byte(s.master.authenticateSlot(s.id, slot)), []byte(slot.Authentication))
 }
 
 // unwrap returns the master key if k is the slot's holder. ErrWrongKey: it is not.
@@ -220,6 +249,7 @@ func (r *Repository) KeySlots(ctx context.Context) ([]KeySlot, error) {
 		case err != nil:
 			bad = append(bad, err)
 		default:
+			slot.Foreign = !r.seals.genuine(slot)
 			all = append(all, slot)
 		}
 	}
@@ -231,6 +261,10 @@ func (r *Repository) keySlot(ctx context.Context, key string) (KeySlot, error) {
 	if err != nil {
 		return KeySlot{}, fmt.Errorf("read %s: %w", key, err)
 	}
+	return parseKeySlot(key, b)
+}
+
+func parseKeySlot(key string, b []byte) (KeySlot, error) {
 	var s KeySlot
 	if err := unmarshalDocument(key, b, keySlotKind, &s); err != nil {
 		return KeySlot{}, err
@@ -242,19 +276,25 @@ func (r *Repository) keySlot(ctx context.Context, key string) (KeySlot, error) {
 }
 
 // unlock finds the master key with one of the keys. ErrNoKey: there is none; ErrWrongKey: they are others'.
-func (r *Repository) unlock(ctx context.Context, id [16]byte, keys []Key) (*masterKey, error) {
-	if len(keys) == 0 {
-		return nil, fmt.Errorf("%s: %w", r.url, ErrNoKey)
-	}
+func (r *Repository) unlock(ctx context.Context, o Options) (*masterKey, error) {
 	slots, bad := r.KeySlots(ctx)
 	if bad != nil && !errors.Is(bad, ErrCorrupt) {
 		return nil, bad
 	}
+	p, err := r.Place()
+	if err != nil {
+		return nil, err
+	}
+	p.Passphrase = slices.ContainsFunc(slots, func(s KeySlot) bool { return s.Type == slotPassphrase })
+	keys, err := o.keys(p)
+	if err != nil {
+		return nil, err
+	}
 	for _, slot := range slots {
 		for _, k := range keys {
 			m, err := slot.unwrap(k)
-			if err == nil && !hmac.Equal([]byte(m.authenticate(id, r.config)), []byte(r.config.Authentication)) {
-				err = corrupt(configKey, "it is not the one that belongs to the key in %s: one of them was changed or exchanged", slot.key())
+			if err == nil {
+				err = r.checkUnlocked(m, slot)
 			}
 			if err == nil {
 				return m, nil
@@ -270,20 +310,48 @@ func (r *Repository) unlock(ctx context.Context, id [16]byte, keys []Key) (*mast
 	return nil, fmt.Errorf("%s: %w: it opens none of the repository's %d key slots", r.url, ErrWrongKey, len(slots))
 }
 
+// keys are those of the options, or those that are found. ErrNoKey: there are none.
+func (o Options) keys(p Place) (keys []Key, err error) {
+	keys = o.Keys
+	if len(keys) == 0 && o.FindKeys != nil {
+		keys, err = o.FindKeys(p)
+	}
+	if err == nil && len(keys) == 0 {
+		err = fmt.Errorf("%s: %w", p.URL, ErrNoKey)
+	}
+	return keys, err
+}
+
+// checkUnlocked holds what a slot gave for the master key against the configuration, and the slot against both.
+func (r *Repository) checkUnlocked(m *masterKey, slot KeySlot) error {
+	if !hmac.Equal([]byte(m.authenticate(r.seals.id, r.config)), []byte(r.config.Authentication)) {
+		return corrupt(configKey, "it is not the one that belongs to the key in %s: one of them was changed or exchanged", slot.key())
+	}
+	if s := (seals{m, r.seals.id}); !s.genuine(slot) {
+		return foreign(slot)
+	}
+	return nil
+}
+
+// foreign says of a slot that it is.
+func foreign(slot KeySlot) error {
+	return corrupt(slot.key(), "it was changed, or put there by somebody who has no key of this repository")
+}
+
 // AddKey lets the holder of k open the repository. No other object changes.
 func (r *Repository) AddKey(ctx context.Context, k Key, label string) (KeySlot, error) {
 	if r.seals.master == nil {
 		return KeySlot{}, fmt.Errorf("%s: %w", r.url, ErrPlain)
 	}
-	slot, err := newKeySlot(r.seals.master, k, label)
+	slot, err := r.seals.newKeySlot(k, label)
 	if err != nil {
 		return KeySlot{}, err
 	}
 	return slot, putKeySlot(ctx, r.store, slot)
 }
 
-// RemoveKey takes a key slot away. ErrNoKeySlot: there is none of this id. ErrLastKey: no other can be read, so nobody
-// could open the repository any more.
+// RemoveKey takes a key slot away. ErrNoKeySlot: there is none of this id. ErrLastKey: no other is good, so nobody could
+// open the repository any more.
 func (r *Repository) RemoveKey(ctx context.Context, id string) error {
 	if !keySlotID.MatchString(id) {
 		return fmt.Errorf("%s: %w", id, ErrNoKeySlot)
@@ -312,14 +380,14 @@ func (r *Repository) RemoveKey(ctx context.Context, id string) error {
 
 var keySlotID = regexp.MustCompile(`^[0-9a-f]{16}$`)
 
-// otherKey says whether a slot besides this one can be read.
+// otherKey says whether a slot besides this one lets somebody in.
 func (r *Repository) otherKey(ctx context.Context, id string) error {
 	slots, err := r.KeySlots(ctx)
 	if err != nil && !errors.Is(err, ErrCorrupt) {
 		return err
 	}
 	for _, s := range slots {
-		if s.ID != id {
+		if s.ID != id && !s.Foreign {
 			return nil
 		}
 	}

@@ -151,7 +151,7 @@ func TestForeignSlots(t *testing.T) {
 	var foreign []KeySlot
 	for range 4 {
 		m := newMasterKey()
-		slot, err := newKeySlot(&m, k, "")
+		slot, err := (&seals{&m, r.seals.id}).newKeySlot(k, "")
 		if err == nil {
 			err = putKeySlot(t.Context(), r.store, slot)
 		}
@@ -168,8 +168,8 @@ func TestForeignSlots(t *testing.T) {
 	root := strings.TrimPrefix(r.URL(), "file://")
 	exchange(t, filepath.Join(root, foreign[0].key()), []byte("{}"))
 	found := 0
-	if _, err := r.Check(t.Context(), CheckOptions{}, func(Finding) { found++ }); err != nil || found != 1 {
-		t.Errorf("a damaged slot: %d findings, %v", found, err)
+	if _, err := r.Check(t.Context(), CheckOptions{}, func(Finding) { found++ }); err != nil || found != 4 {
+		t.Errorf("a damaged slot and three foreign ones: %d findings, %v", found, err)
 	}
 	if err := r.store.Delete(t.Context(), good[0].key()); err != nil {
 		t.Fatal(err)

@@ -126,11 +126,7 @@ func TestPruneSparesWhatIsUsed(t *testing.T) {
 
 func newMemRepository(t testing.TB) *Repository {
 	t.Helper()
-	s := store.NewMem()
-	if err := initStore(t.Context(), s, nil); err != nil {
-		t.Fatal(err)
-	}
-	r, err := openStore(t.Context(), s, "mem:", Options{})
+	r, err := initStore(t.Context(), store.NewMem(), "mem:", Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

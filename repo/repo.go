@@ -1,10 +1,7 @@
 package repo
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -23,6 +20,17 @@ type Options struct {
 	Log        *slog.Logger // nil: nothing is logged
 	CacheBytes int64        // decoded chunks kept; 0: 64 MiB
 	Keys       []Key        // of which one opens an encrypted repository; any is refused by one that is not encrypted
+
+	// FindKeys is asked where Keys is empty: by Open if the repository is encrypted, by Init before anything is put. May be nil.
+	FindKeys func(Place) ([]Key, error)
+}
+
+// Place is where keys are wanted.
+type Place struct {
+	URL        string // of the repository, canonical
+	ID         string // of the repository
+	UID        int    // of the user whose it is, or will be
+	Passphrase bool   // a passphrase opens it
 }
 
 const (
@@ -65,111 +73,6 @@ const (
 // EncryptionNone is the encryption of a repository that is not encrypted.
 const EncryptionNone = "none"
 
-// Init makes a repository at the URL, encrypted if there are keys: each can open it then. ErrRepositoryExists: there is
-// one already. ErrNotEmpty: something else is there.
-func Init(ctx context.Context, url string, o Options) (*Repository, error) {
-	s, canonical, err := store.Open(ctx, url)
-	if err != nil {
-		return nil, err
-	}
-	if err := refuseForeign(ctx, s); err != nil {
-		return nil, fmt.Errorf("%s: %w", canonical, err)
-	}
-	if err := initStore(ctx, s, o.Keys); err != nil {
-		return nil, fmt.Errorf("%s: %w", canonical, err)
-	}
-	return openStore(ctx, s, canonical, o)
-}
-
-// initStore puts key slots, if there are keys, and then the configuration, with which the repository exists.
-func initStore(ctx context.Context, s store.Store, keys []Key) error {
-	c, slots, err := newConfig(keys)
-	if err != nil {
-		return err
-	}
-	body, err := marshalDocument(c)
-	if err != nil {
-		return err
-	}
-	for _, slot := range slots {
-		if err := putKeySlot(ctx, s, slot); err != nil {
-			return err
-		}
-	}
-	err = s.Put(ctx, configKey, body)
-	if errors.Is(err, store.ErrExist) {
-		if got, err := s.Get(ctx, configKey, 0, -1); err == nil && bytes.Equal(got, body) {
-			return nil // a store that tried twice met its own first attempt
-		}
-		err = ErrRepositoryExists
-		for _, slot := range slots { // of a repository that will never be
-			err = errors.Join(err, s.Delete(ctx, slot.key()))
-		}
-		return err
-	}
-	if err != nil {
-		return fmt.Errorf("write repository configuration: %w", err)
-	}
-	return nil
-}
-
-// newConfig makes up a repository: not encrypted, or with a slot for each key.
-func newConfig(keys []Key) (c config, slots []KeySlot, err error) {
-	var id [16]byte
-	rand.Read(id[:])
-	c = config{document: document{configKind, formatVersion}, ID: hex.EncodeToString(id[:]), CreatedAt: time.Now().UTC().Truncate(time.Second)}
-	if len(keys) == 0 {
-		var key [keySize]byte
-		rand.Read(key[:])
-		c.Encryption, c.DigestKey = EncryptionNone, hex.EncodeToString(key[:])
-		return c, nil, nil
-	}
-	m := newMasterKey()
-	c.Encryption = encryptionAESGCM
-	c.Authentication = m.authenticate(id, c)
-	for _, k := range keys {
-		slot, err := newKeySlot(&m, k, "made with the repository")
-		if err != nil {
-			return c, nil, err
-		}
-		slots = append(slots, slot)
-	}
-	return c, slots, nil
-}
-
-// Vacant says why no repository can be made at the URL: ErrRepositoryExists, ErrNotEmpty, or the store's error.
-func Vacant(ctx context.Context, url string) error {
-	s, canonical, err := store.Open(ctx, url)
-	if err != nil {
-		return err
-	}
-	if err := refuseForeign(ctx, s); err != nil {
-		return fmt.Errorf("%s: %w", canonical, err)
-	}
-	if c, ok := s.(io.Closer); ok {
-		return c.Close()
-	}
-	return nil
-}
-
-// refuseForeign says why no repository can be made in a store that holds something.
-func refuseForeign(ctx context.Context, s store.Store) error {
-	for o, err := range s.List(ctx, "") {
-		if err != nil {
-			return err
-		}
-		if o.Key == configKey {
-			return ErrRepositoryExists
-		}
-		// Other keys of a repository sort before config: whether there is one is asked outright.
-		if _, err := s.Get(ctx, configKey, 0, -1); err == nil {
-			return ErrRepositoryExists
-		}
-		return ErrNotEmpty
-	}
-	return nil
-}
-
 // Open opens the repository at the URL. ErrNoRepository: there is none. *FormatError: a newer pgthaw wrote it.
 func Open(ctx context.Context, url string, o Options) (*Repository, error) {
 	s, canonical, err := store.Open(ctx, url)
@@ -194,10 +97,10 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 	r.chunks = newCache[chunkKey, []byte](o.CacheBytes)
 	r.trees = newCache[ID, []Entry](treeCacheBytes)
 	r.heads = newCache[string, *walHead](treeCacheBytes)
-	return r, r.readConfig(ctx, o.Keys)
+	return r, r.readConfig(ctx, o)
 }
 
-func (r *Repository) readConfig(ctx context.Context, keys []Key) error {
+func (r *Repository) readConfig(ctx context.Context, o Options) error {
 	b, err := r.get(ctx, configKey, 0, -1)
 	if errors.Is(err, store.ErrNotExist) {
 		return fmt.Errorf("%s: %w", r.url, ErrNoRepository)
@@ -211,7 +114,7 @@ func (r *Repository) readConfig(ctx context.Context, keys []Key) error {
 	if err := decodeHex(r.seals.id[:], []byte(r.config.ID)); err != nil {
 		return corrupt(configKey, "id: %v", err)
 	}
-	key, err := r.digestKey(ctx, keys)
+	key, err := r.digestKey(ctx, o)
 	if err == nil {
 		r.digests = newDigester(key)
 	}
@@ -219,9 +122,9 @@ func (r *Repository) readConfig(ctx context.Context, keys []Key) error {
 }
 
 // digestKey returns the repository's digest key. Where the repository is encrypted it finds the master key for that.
-func (r *Repository) digestKey(ctx context.Context, keys []Key) (key [keySize]byte, err error) {
+func (r *Repository) digestKey(ctx context.Context, o Options) (key [keySize]byte, err error) {
 	switch c := r.config; {
-	case c.Encryption == EncryptionNone && len(keys) > 0:
+	case c.Encryption == EncryptionNone && len(o.Keys) > 0:
 		return key, fmt.Errorf("%s: %w", r.url, ErrNotEncrypted)
 	case c.Encryption == EncryptionNone:
 		if err := decodeHex(key[:], []byte(c.DigestKey)); err != nil {
@@ -229,7 +132,7 @@ func (r *Repository) digestKey(ctx context.Context, keys []Key) (key [keySize]by
 		}
 		return key, nil
 	case c.Encryption == encryptionAESGCM && c.DigestKey == "":
-		if r.seals.master, err = r.unlock(ctx, r.seals.id, keys); err != nil {
+		if r.seals.master, err = r.unlock(ctx, o); err != nil {
 			return key, err
 		}
 		return [keySize]byte(r.seals.master.derive(r.seals.id[:], digestKeyInfo)), nil
@@ -239,6 +142,13 @@ func (r *Repository) digestKey(ctx context.Context, keys []Key) (key [keySize]by
 
 // URL is the canonical address of the repository.
 func (r *Repository) URL() string { return r.url }
+
+// Place is where keys of the repository would be looked for.
+func (r *Repository) Place() (p Place, err error) {
+	p = Place{URL: r.url, ID: r.config.ID}
+	p.UID, err = store.Owner(r.store)
+	return p, err
+}
 
 // ID is the repository's own name, made when it was.
 func (r *Repository) ID() string { return r.config.ID }

@@ -10,6 +10,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"strconv"
 	"time"
 )
 
@@ -24,6 +25,7 @@ const (
 	objectKeyInfo = "pgthaw 1 object"
 	digestKeyInfo = "pgthaw 1 digest key"
 	configKeyInfo = "pgthaw 1 config"
+	slotKeyInfo   = "pgthaw 1 key slot"
 )
 
 // masterKey is what all keys of an encrypted repository derive from; key slots hold it.
@@ -47,6 +49,15 @@ func (m *masterKey) derive(salt []byte, info string) []byte {
 func (m *masterKey) authenticate(id [16]byte, c config) string {
 	mac := hmac.New(sha256.New, m.derive(id[:], configKeyInfo))
 	fmt.Fprintf(mac, "%d\n%s\n%s\n%s\n", c.Version, c.ID, c.CreatedAt.Format(time.RFC3339Nano), c.Encryption)
+	return hex.EncodeToString(mac.Sum(nil))
+}
+
+// authenticateSlot is what a key slot has to say of itself.
+func (m *masterKey) authenticateSlot(id [16]byte, s KeySlot) string {
+	mac := hmac.New(sha256.New, m.derive(id[:], slotKeyInfo))
+	for _, value := range []string{strconv.Itoa(s.Version), s.ID, s.Type, s.Label, s.Recipient, s.CreatedAt.Format(time.RFC3339Nano), string(s.Wrapped)} {
+		mac.Write(appendString(nil, value))
+	}
 	return hex.EncodeToString(mac.Sum(nil))
 }
 

@@ -8,10 +8,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/term"
 
+	"pgthaw/recovery"
 	"pgthaw/repo"
 )
 
@@ -66,34 +68,126 @@ func readPassphraseFile(path string) ([]repo.Key, error) {
 
 func keyFailure(err error) error { return &failure{err: err, code: exitKey} }
 
-// keyArgs hand the key files on to a program that runs elsewhere, later, and without anybody to ask.
-func keyArgs(c *cli.Context) (args []string, err error) {
-	for _, name := range []string{keyFileFlag, passphraseFlag} {
-		if c.String(name) == "" {
-			continue
+// keyFiles are the files that the flags name, or that were found in their stead.
+func keyFiles(c *cli.Context) (k recovery.KeyFiles, err error) {
+	absolute := func(flag string) string {
+		path := c.String(flag)
+		if path != "" && err == nil {
+			path, err = filepath.Abs(path)
 		}
-		path, err := filepath.Abs(c.String(name))
-		if err != nil {
-			return nil, err
-		}
-		args = append(args, "--"+name, path)
+		return path
 	}
-	return args, nil
+	return recovery.KeyFiles{KeyFile: absolute(keyFileFlag), PassphraseFile: absolute(passphraseFlag)}, err
 }
 
-// openRepository opens the repository that --repo names. If it is encrypted and no key is given, a person is asked, who
-// is at the terminal whatever stdin and stderr are.
-func openRepository(c *cli.Context) (*repo.Repository, error) {
-	r, err := openUnattended(c)
-	if !errors.Is(err, repo.ErrNoKey) {
-		return r, err
+// keyArgs hand the key files on to a program that runs elsewhere, later, and without anybody to ask.
+func keyArgs(c *cli.Context) (args []string, err error) {
+	k, err := keyFiles(c)
+	if k.KeyFile != "" {
+		args = append(args, "--"+keyFileFlag, k.KeyFile)
 	}
-	tty, noTerminal := os.OpenFile("/dev/tty", os.O_RDWR, 0)
-	if noTerminal != nil {
+	if k.PassphraseFile != "" {
+		args = append(args, "--"+passphraseFlag, k.PassphraseFile)
+	}
+	return args, err
+}
+
+// openRepository opens the repository that --repo names. If there is no key to be found, but a passphrase would do, a person is
+// asked, who is at the terminal whatever stdin and stderr are.
+func openRepository(c *cli.Context) (*repo.Repository, error) { return openNamed(c, askPassphrase) }
+
+// openUnattended is for what runs without a person, or has other programs open the repository, too: nobody is asked.
+func openUnattended(c *cli.Context) (*repo.Repository, error) { return openNamed(c, nil) }
+
+func openNamed(c *cli.Context, ask askFunc) (*repo.Repository, error) {
+	if c.String("repo") == "" {
+		return nil, &failure{err: usage("no repository is given"), code: exitUsage, hint: "Give --repo URL, or set PGTHAW_REPO."}
+	}
+	return openAt(c.Context, c, c.String("repo"), &keySearch{c: c, ask: ask})
+}
+
+// openRecorded opens an overlay's repository: with the keys that the flags name, else those that it was thawed with.
+func openRecorded(ctx context.Context, c *cli.Context, url string, k recovery.KeyFiles) (*repo.Repository, error) {
+	s := &keySearch{c: c}
+	if c.String(keyFileFlag) == "" && c.String(passphraseFlag) == "" {
+		s.take(keyFileFlag, k.KeyFile)
+		s.take(passphraseFlag, k.PassphraseFile)
+	}
+	return openAt(ctx, c, url, s)
+}
+
+func openAt(ctx context.Context, c *cli.Context, url string, s *keySearch) (*repo.Repository, error) {
+	keys, err := givenKeys(c)
+	if err != nil {
 		return nil, err
 	}
-	defer tty.Close()
-	line, err := askPassphrase(c.Context, tty)
+	r, err := repo.Open(ctx, url, repo.Options{Log: logger(c), Keys: keys, FindKeys: s.find})
+	switch {
+	case err == nil && len(keys) == 0:
+		if err = refuseDowngrade(r); err != nil {
+			return nil, errors.Join(err, r.Close())
+		}
+	case errors.Is(err, repo.ErrWrongKey) && s.found != "":
+		err = fmt.Errorf("%w (%s)", err, s.found)
+	}
+	return r, err
+}
+
+type askFunc func(context.Context) (string, error)
+
+// keySearch finds the key of a repository for a command that was given none.
+type keySearch struct {
+	c      *cli.Context
+	ask    askFunc // nil: nobody is there to be asked
+	looked []string
+	found  string
+}
+
+const otherKeyHint = "Put a copy of the key there, or give another key of the repository with --key-file FILE or --passphrase-file FILE."
+
+// take has a flag name a file, unless that is not there.
+func (s *keySearch) take(flag, path string) {
+	if path == "" {
+		return
+	}
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		s.looked = append(s.looked, path)
+		return
+	}
+	_ = s.c.Set(flag, path) // fails for flags that do not exist
+}
+
+// find looks for the key file that "repo init" made. From then on it is as if --key-file had named it, also for daemons
+// and restore_command, which may have another home.
+func (s *keySearch) find(p repo.Place) ([]repo.Key, error) {
+	for _, h := range keyHomes(p) {
+		b, err := h.read(p.ID)
+		if errors.Is(err, fs.ErrNotExist) {
+			if h.err == nil {
+				s.looked = append(s.looked, h.file(p.ID))
+			}
+			continue
+		}
+		s.found = h.file(p.ID)
+		var keys []repo.Key
+		if err == nil {
+			keys, err = repo.ParseKeys(b)
+		}
+		if err != nil {
+			return nil, &failure{err: fmt.Errorf("read the repository's key file %s: %w", s.found, err), code: exitKey, hint: otherKeyHint}
+		}
+		return keys, s.c.Set(keyFileFlag, s.found)
+	}
+	if s.ask != nil && p.Passphrase {
+		line, err := s.ask(s.c.Context)
+		if !errors.Is(err, errNoTerminal) {
+			return passphraseKeys(line, err)
+		}
+	}
+	return nil, fmt.Errorf("%s: %w, nor found as %s", p.URL, repo.ErrNoKey, strings.Join(s.looked, " or "))
+}
+
+func passphraseKeys(line string, err error) ([]repo.Key, error) {
 	if err != nil {
 		return nil, keyFailure(fmt.Errorf("ask for the passphrase: %w", err))
 	}
@@ -101,28 +195,46 @@ func openRepository(c *cli.Context) (*repo.Repository, error) {
 	if err != nil {
 		return nil, keyFailure(err)
 	}
-	return repo.Open(c.Context, c.String("repo"), repo.Options{Log: logger(c), Keys: []repo.Key{k}})
+	return []repo.Key{k}, nil
 }
 
-// openUnattended is for what runs without a person, or has other programs open the repository, too: nobody is asked.
-func openUnattended(c *cli.Context) (*repo.Repository, error) {
-	if c.String("repo") == "" {
-		return nil, &failure{err: usage("no repository is given"), code: exitUsage, hint: "Give --repo URL, or set PGTHAW_REPO."}
+// refuseDowngrade is for a repository that is not encrypted, opened without a key. Where there is one for it, it was: who can write
+// to the store has replaced its configuration, and would read what is written now.
+func refuseDowngrade(r *repo.Repository) error {
+	if r.Encryption() != repo.EncryptionNone {
+		return nil
 	}
-	return openAt(c.Context, c, c.String("repo"))
+	path, err := keyMadeFor(r)
+	if path != "" {
+		return fmt.Errorf("%s: %w: %s was made for it", r.URL(), repo.ErrNotEncrypted, path)
+	}
+	return err
 }
 
-func openAt(ctx context.Context, c *cli.Context, url string) (*repo.Repository, error) {
-	keys, err := givenKeys(c)
+// keyMadeFor is a key file that "repo init" made for a repository at this URL; "" if there is none.
+func keyMadeFor(r *repo.Repository) (path string, err error) {
+	p, err := r.Place()
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	return repo.Open(ctx, url, repo.Options{Log: logger(c), Keys: keys})
+	for _, h := range keyHomes(p) {
+		if path := h.keyMadeAt(p.URL); path != "" {
+			return path, nil
+		}
+	}
+	return "", nil
 }
 
-// askPassphrase reads a line that the terminal does not show. When ctx ends meanwhile, the program is about to end, and
+var errNoTerminal = errors.New("no terminal")
+
+// askPassphrase has a person type a line that the terminal does not show. When ctx ends meanwhile, the program is about to end, and
 // leaves the terminal as it was.
-func askPassphrase(ctx context.Context, tty *os.File) (string, error) {
+func askPassphrase(ctx context.Context) (string, error) {
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	if err != nil {
+		return "", errNoTerminal
+	}
+	defer tty.Close()
 	fd := int(tty.Fd())
 	state, err := term.GetState(fd)
 	if err != nil {
@@ -145,36 +257,4 @@ func askPassphrase(ctx context.Context, tty *os.File) (string, error) {
 	case <-ctx.Done():
 		return "", errors.Join(ctx.Err(), term.Restore(fd, state))
 	}
-}
-
-// makeKeyFile makes an age identity, durable before anything is encrypted for it. If the file exists already, made is false.
-func makeKeyFile(path string) (made bool, err error) {
-	_, text, err := repo.NewKey()
-	if err != nil {
-		return false, fmt.Errorf("make key: %w", err)
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("make key file: %w", err)
-	}
-	_, err = f.Write(text)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = syncDirectory(filepath.Dir(path))
-	}
-	if err != nil {
-		return false, fmt.Errorf("write key file %s: %w", path, err)
-	}
-	return true, nil
-}
-
-func syncDirectory(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -44,7 +44,8 @@ func overlayStatus(c *cli.Context) error {
 func overlayResumeCommand() *cli.Command {
 	return &cli.Command{
 		Name: "resume", Usage: "take up a thawed directory after a crash or a reboot", ArgsUsage: "DIR",
-		Action: overlayResume,
+		Description: "Unless a key is given, the key files that thaw used are used again.",
+		Action:      overlayResume,
 	}
 }
 
@@ -100,8 +101,8 @@ func overlayServe(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	open := func(ctx context.Context, url string) (*repo.Repository, error) {
-		return openAt(ctx, c, url)
+	open := func(ctx context.Context, url string, k recovery.KeyFiles) (*repo.Repository, error) {
+		return openRecorded(ctx, c, url, k)
 	}
 	return announced(c, func(ready func() error) error {
 		return mountFailed(recovery.Serve(c.Context, args[0], open, ready, logger(c)))

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -28,12 +26,13 @@ type keyJSON struct {
 	Label     string    `json:"label"`
 	Recipient string    `json:"recipient"`
 	CreatedAt time.Time `json:"created_at"`
+	Foreign   bool      `json:"foreign"`
 }
 
 func keysJSON(slots []repo.KeySlot) []keyJSON {
 	all := []keyJSON{}
 	for _, s := range slots {
-		all = append(all, keyJSON{s.ID, s.Type, s.Label, s.Recipient, s.CreatedAt})
+		all = append(all, keyJSON{s.ID, s.Type, s.Label, s.Recipient, s.CreatedAt, s.Foreign})
 	}
 	return all
 }
@@ -41,8 +40,9 @@ func keysJSON(slots []repo.KeySlot) []keyJSON {
 func keyListCommand() *cli.Command {
 	return &cli.Command{
 		Name: "list", Usage: "show which keys open the repository",
-		Description: "Of a key the repository knows the public part only, of a passphrase nothing.",
-		Action:      keyList,
+		Description: "Of a key the repository knows the public part only, of a passphrase nothing. FOREIGN is an entry that was changed, or put there,\n" +
+			"by somebody without a key of the repository: nothing opens with it, and what it says of itself may be wrong. Remove it.",
+		Action: keyList,
 	}
 }
 
@@ -65,7 +65,11 @@ func keyList(c *cli.Context) error {
 	}
 	t := table{{"ID", "TYPE", "CREATED", "LABEL", "RECIPIENT"}}
 	for _, s := range slots {
-		t.row(s.ID, s.Type, clock(s.CreatedAt), s.Label, s.Recipient)
+		label := s.Label
+		if s.Foreign {
+			label = fmt.Sprintf("FOREIGN: %q", label) // it may hold anything
+		}
+		t.row(s.ID, s.Type, clock(s.CreatedAt), label, s.Recipient)
 	}
 	return errors.Join(bad, t.print(c.App.Writer))
 }
@@ -102,7 +106,7 @@ func keyAdd(c *cli.Context) error {
 	if r.Encryption() == repo.EncryptionNone { // before a key is made
 		return fmt.Errorf("%s: %w", r.URL(), repo.ErrPlain)
 	}
-	keys, err := newKeys(c)
+	keys, err := newKeys(c, r)
 	if err != nil {
 		return err
 	}
@@ -124,7 +128,7 @@ func keyAdd(c *cli.Context) error {
 }
 
 // newKeys are those that the command's flags name.
-func newKeys(c *cli.Context) ([]repo.Key, error) {
+func newKeys(c *cli.Context, r *repo.Repository) ([]repo.Key, error) {
 	switch {
 	case c.IsSet("recipient"):
 		k, err := repo.ParseRecipient(c.String("recipient"))
@@ -136,7 +140,7 @@ func newKeys(c *cli.Context) ([]repo.Key, error) {
 		return readPassphraseFile(c.String("new-passphrase-file"))
 	}
 	path := c.String("new-key-file")
-	if _, err := makeKeyFile(path); err != nil {
+	if _, err := makeKeyFile(path, aboutKey(r.URL(), r.ID())); err != nil {
 		return nil, err
 	}
 	return readKeyFile(path)
@@ -192,7 +196,7 @@ func keyExport(c *cli.Context) error {
 		return err
 	}
 	defer r.Close()
-	k, file, err := repo.NewKey()
+	k, lines, err := repo.NewSheetKey()
 	if err != nil {
 		return err
 	}
@@ -200,18 +204,15 @@ func keyExport(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := printSheet(c.App.Writer, r, slot, file); err != nil {
+	if err := printSheet(c.App.Writer, r, slot, lines); err != nil {
 		return fmt.Errorf("print the recovery sheet of key %s, which \"pgthaw repo key remove\" removes: %w", slot.ID, err)
 	}
 	return nil
 }
 
-// printSheet writes what a person needs who has nothing but the store, this program and this sheet. file is an age
-// identity file, whose last line is the key.
-func printSheet(w io.Writer, r *repo.Repository, slot repo.KeySlot, file []byte) error {
-	lines := bytes.Split(bytes.TrimSpace(file), []byte("\n"))
-	key := lines[len(lines)-1]
-	sum := fmt.Sprintf("%x", sha256.Sum256(key))
+// printSheet writes what a person needs who has nothing but the store, this program and this sheet.
+func printSheet(w io.Writer, r *repo.Repository, slot repo.KeySlot, key []string) error {
+	url := shellQuote(r.URL())
 	_, err := fmt.Fprintf(w, `pgthaw recovery sheet
 
 Repository  %s
@@ -219,35 +220,24 @@ ID          %s
 Key         %s
 Made        %s
 
-Whoever has this sheet and can read the repository can read the databases in it.
+This is a key of the repository above, which holds backups of PostgreSQL servers, encrypted. Whoever has this
+sheet and can read the repository can read those databases. Lock it away, not on a computer.
 
-%s
-To use it, run this, type the lines above (0 is zero; O, I and B do not occur) and end with
-Ctrl-D. Blanks do not matter.
+    %s
 
-    (umask 077; tr -d ' \n' > recovery.key); sha256sum recovery.key
+To use it: put pgthaw on a machine that can read the repository, run this, type the lines above as they
+are, with their last four digits, and end with Ctrl-D. Blanks and case do not matter; 0 is zero, and the
+groups have no O, I and B. A line with a typing mistake is named when the key is used.
 
-That has to print a line that begins with %s %s. Then the key opens the repository:
+    (umask 077; cat > recovery.key)
+
+Then this shows the backups, and "pgthaw thaw" or "pgthaw restore" in the place of "list" gets one back:
 
     pgthaw --repo %s --key-file recovery.key list
-`, r.URL(), r.ID(), slot.ID, slot.CreatedAt.Format("2006-01-02 15:04 MST"), grouped(string(key)), sum[:4], sum[4:8], shellQuote(r.URL()))
-	return err
-}
 
-// grouped writes a key in groups of five characters, five to a line.
-func grouped(key string) string {
-	var b strings.Builder
-	for i := 0; i < len(key); i += 5 {
-		switch {
-		case i%25 == 0:
-			b.WriteString("    ")
-		default:
-			b.WriteString("  ")
-		}
-		b.WriteString(key[i:min(i+5, len(key))])
-		if i%25 == 20 || i+5 >= len(key) {
-			b.WriteString("\n")
-		}
-	}
-	return b.String()
+To have every command of a user find the key, put it where they look for it:
+
+    install -D -m 600 recovery.key ~/.config/pgthaw/keys/%s.key
+`, r.URL(), r.ID(), slot.ID, slot.CreatedAt.Format("2006-01-02 15:04 MST"), strings.Join(key, "\n    "), url, r.ID())
+	return err
 }

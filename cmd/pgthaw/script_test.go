@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"syscall"
 	"testing"
@@ -38,7 +39,8 @@ func TestScripts(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("TZ", "UTC")
 			e.Setenv("GORACE", "atexit_sleep_ms=0") // the race detector would sleep a second at each exit
-			return nil
+			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
+			return os.Mkdir(filepath.Join(e.WorkDir, "home"), 0o700)
 		},
 	})
 }

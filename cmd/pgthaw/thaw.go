@@ -28,6 +28,10 @@ func thaw(c *cli.Context) error {
 		if o.RestoreCommand, err = restoreCommandFor(c, r.URL(), o.Cluster, o.Dir); err != nil {
 			return recovery.Result{}, err
 		}
-		return recovery.Thaw(ctx, r, recovery.ThawOptions{Options: o, Hydrate: c.String("hydrate"), SpawnDaemon: spawnOverlay(c)})
+		keys, err := keyFiles(c)
+		if err != nil {
+			return recovery.Result{}, err
+		}
+		return recovery.Thaw(ctx, r, recovery.ThawOptions{Options: o, Hydrate: c.String("hydrate"), KeyFiles: keys, SpawnDaemon: spawnOverlay(c)})
 	})
 }

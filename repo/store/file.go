@@ -215,6 +215,18 @@ func (s *File) takeAfterRoot(f *os.File, own, mask fs.FileMode) error {
 	return nil
 }
 
+// owner is who owns what this process puts.
+func (s *File) owner() (uid int, err error) {
+	info, err := os.Stat(s.root)
+	if os.Geteuid() != 0 || errors.Is(err, fs.ErrNotExist) {
+		return os.Geteuid(), nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	return int(info.Sys().(*syscall.Stat_t).Uid), nil
+}
+
 func (s *File) adoptDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {

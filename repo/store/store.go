@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"iter"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -94,6 +95,15 @@ func openPath(path string) (Store, string, error) {
 	}
 	u := url.URL{Scheme: "file", Path: dir}
 	return f, u.String(), nil
+}
+
+// Owner is the user of this machine who owns, or will own, what this process puts into s: on most media that is the user of the
+// process; a directory gives what root puts into it to its own owner.
+func Owner(s Store) (uid int, err error) {
+	if f, ok := s.(*File); ok {
+		return f.owner()
+	}
+	return os.Geteuid(), nil
 }
 
 // tmpPart is the first part of no key: a medium keeps what is not yet an object there.

@@ -168,7 +168,7 @@ var hints = []struct {
 	{repo.ErrLastKey, "Add another one first, with \"pgthaw repo key add\"."},
 	{repo.ErrNoKey, "Put the key file there, or give --key-file FILE or --passphrase-file FILE, or set PGTHAW_KEY_FILE or PGTHAW_PASSPHRASE_FILE."},
 	{repo.ErrWrongKey, "Give a key that this repository was made with, or that was added to it. Without one nobody can read it."},
-	{repo.ErrNotEncrypted, "If it was made encrypted, somebody has replaced its configuration: do not use it. Otherwise leave the key away, or move the key file."},
+	{repo.ErrNotEncrypted, "If it was made encrypted, somebody has replaced its configuration: do not use it. Otherwise leave the key away, or move the key file away."},
 	{recovery.ErrLost, `"pgthaw overlay resume DIR" takes the directory up again; nothing that PostgreSQL had fsynced is lost.`},
 	{recovery.ErrServerRunning, "Stop PostgreSQL there first, with pg_ctl stop -D DIR."},
 	{fusefs.ErrOverlay, `"pgthaw overlay finish DIR" or "pgthaw overlay discard DIR" take it off.`},

@@ -198,31 +198,39 @@ func passphraseKeys(line string, err error) ([]repo.Key, error) {
 	return []repo.Key{k}, nil
 }
 
-// refuseDowngrade is for a repository that is not encrypted, opened without a key. Where there is one for it, it was: who can write
-// to the store has replaced its configuration, and would read what is written now.
+// refuseDowngrade is for a repository that is not encrypted, opened without a key. Where a key was made for one at this URL, and this one
+// was not made there on purpose, who can write to the store has replaced it, and would read what is written now.
 func refuseDowngrade(r *repo.Repository) error {
 	if r.Encryption() != repo.EncryptionNone {
 		return nil
 	}
-	path, err := keyMadeFor(r)
-	if path != "" {
-		return fmt.Errorf("%s: %w: %s was made for it", r.URL(), repo.ErrNotEncrypted, path)
-	}
-	return err
-}
-
-// keyMadeFor is a key file that "repo init" made for a repository at this URL; "" if there is none.
-func keyMadeFor(r *repo.Repository) (path string, err error) {
 	p, err := r.Place()
 	if err != nil {
-		return "", err
+		return err
 	}
 	for _, h := range keyHomes(p) {
-		if path := h.keyMadeAt(p.URL); path != "" {
-			return path, nil
+		if path := h.keyMadeAt(p.URL); path != "" && !h.notedPlain(p.ID) {
+			return fmt.Errorf("%s: %w: %s was made for it", r.URL(), repo.ErrNotEncrypted, path)
 		}
 	}
-	return "", nil
+	return nil
+}
+
+// allowPlain notes that a repository was made not to be encrypted, where a key is from one that was there before.
+func allowPlain(r *repo.Repository) error {
+	p, err := r.Place()
+	if err != nil {
+		return err
+	}
+	for _, h := range keyHomes(p) {
+		if h.keyMadeAt(p.URL) == "" {
+			continue
+		}
+		if err := h.notePlain(p.ID); err != nil {
+			return fmt.Errorf("note that %s is not encrypted, unlike one that was there before: %w", p.URL, err)
+		}
+	}
+	return nil
 }
 
 var errNoTerminal = errors.New("no terminal")

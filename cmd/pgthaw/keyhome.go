@@ -161,6 +161,20 @@ func (h keyHome) keyMadeAt(url string) (found string) {
 	return found
 }
 
+// plainFile says that the repository of this id was made not to be encrypted, by whoever has this home.
+func (h keyHome) plainFile(id string) string { return filepath.Join(h.dir, id+".plain") }
+
+func (h keyHome) notePlain(id string) error {
+	return recovery.AsUser(h.uid, h.gid, func() error { return os.WriteFile(h.plainFile(id), nil, 0o600) })
+}
+
+func (h keyHome) notedPlain(id string) bool {
+	return recovery.AsUser(h.uid, h.gid, func() error {
+		_, err := os.Stat(h.plainFile(id))
+		return err
+	}) == nil
+}
+
 func saysMadeAt(file []byte, url string) bool {
 	for lines := bufio.NewScanner(bytes.NewReader(file)); lines.Scan(); {
 		if at, ok := strings.CutPrefix(lines.Text(), madeAt); ok && at == url {

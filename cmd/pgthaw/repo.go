@@ -51,6 +51,11 @@ func repoInit(c *cli.Context) error {
 	if err != nil {
 		return m.undo(err)
 	}
+	if r.Encryption() == repo.EncryptionNone {
+		if err := allowPlain(r); err != nil {
+			return errors.Join(err, r.Close())
+		}
+	}
 	return errors.Join(m.print(r), r.Close())
 }
 
@@ -117,11 +122,7 @@ func (m *keyMaker) print(r *repo.Repository) error {
 	}
 	if r.Encryption() == repo.EncryptionNone {
 		fmt.Fprintf(out, "Repository %s made at %s, not encrypted\n", r.ID(), r.URL())
-		path, err := keyMadeFor(r)
-		if path != "" {
-			fmt.Fprintf(m.c.App.ErrWriter, "pgthaw: warning: %s is the key of a repository that was here before: move it away, or this one is refused\n", path)
-		}
-		return err
+		return nil
 	}
 	fmt.Fprintf(out, "Repository %s made at %s, encrypted\n", r.ID(), r.URL())
 	if m.remove == nil {

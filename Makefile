@@ -41,7 +41,7 @@ integration:
 # Longer campaigns of the tests whose names begin with TestCrash.
 crash:
 	@./integration/setup.sh test
-	PGTHAW_CRASH_ROUNDS=$${PGTHAW_CRASH_ROUNDS:-50} $(GO) test -count=1 -timeout 120m -run '^TestCrash' -v ./integration $(ARGS)
+	PGTHAW_CRASH_ROUNDS=$${PGTHAW_CRASH_ROUNDS:-50} $(GO) test -count=1 -timeout 120m -run '^TestCrash' -v ./integration ./repo/... $(ARGS)
 
 # Every fuzz test of every package, FUZZTIME each.
 fuzz:

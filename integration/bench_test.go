@@ -26,6 +26,7 @@ func TestBench(t *testing.T) {
 	b.fullRestore()
 	b.mount()
 	b.secondBackup()
+	b.encryption()
 	fmt.Println(b.table())
 }
 
@@ -45,8 +46,6 @@ func newBench(t *testing.T) *bench {
 	dir := tempDir(t)
 	ownedByPostgres(t, dir)
 	b := &bench{t: t, dir: dir, repo: filepath.Join(dir, "repo")}
-	b.small = newCluster(t, p, clusterOptions{conf: benchConf})
-	fillBench(b.small, 0.4)
 	b.c = newCluster(t, p, clusterOptions{conf: append(slices.Clone(benchConf), "archive_mode = on", "archive_command = '"+strings.Join(b.pgbackrest("archive-push", "%p"), " ")+"'")})
 	b.writePgBackRestConf()
 	b.runAsPostgres(b.pgbackrest("stanza-create")...)
@@ -193,6 +192,8 @@ func diskBytes(t *testing.T, dir string) (n int64) {
 
 // timeToFirstQuery thaws both clusters, and has pgBackRest restore and PostgreSQL start on the large one.
 func (b *bench) timeToFirstQuery() {
+	b.small = newCluster(b.t, b.c.installation, clusterOptions{conf: benchConf})
+	fillBench(b.small, 0.4)
 	b.pgthaw("backup", "small", "--pg-connection", b.socket(b.small))
 	large := median(5, func() time.Duration { return b.thaw("bench") })
 	small := median(5, func() time.Duration { return b.thaw("small") })

@@ -2,10 +2,15 @@ package repo
 
 import (
 	"bytes"
-	"context"
 	"io"
 	"math/rand/v2"
+	"runtime"
+	"slices"
+	"syscall"
 	"testing"
+	"time"
+
+	"pgthaw/repo/store"
 )
 
 // benchFiles is 256 MiB that compress about 4:1, as rows do.
@@ -13,16 +18,74 @@ func benchFiles() testFiles {
 	return testFiles{"pgdata/PG_VERSION": []byte("15\n"), "pgdata/base/5/2": pagesOf(3, 16<<10), "pgdata/base/5/3": pagesOf(4, 16<<10)}
 }
 
+// plainAndSealed prepares a repository in memory that is not encrypted and one that is, runs what that returned in turns,
+// and reports the processor time that each took, and the ratio.
+func plainAndSealed(b *testing.B, prepare func(r *Repository) func()) {
+	sides := [2]func(){prepare(newMemRepository(b)), prepare(newMemRepository(b, newTestKey(b)))}
+	var took [2]time.Duration
+	for b.Loop() {
+		for i, f := range sides {
+			runtime.GC() // each begins with nothing of the other's
+			before := processorTime(b)
+			f()
+			took[i] += processorTime(b) - before
+		}
+	}
+	b.ReportMetric(took[0].Seconds()*1e3/float64(b.N), "plain-cpu-ms/op")
+	b.ReportMetric(took[1].Seconds()*1e3/float64(b.N), "sealed-cpu-ms/op")
+	b.ReportMetric(took[0].Seconds()/took[1].Seconds(), "plain/sealed")
+}
+
+// processorTime is what this process has used, of user and system.
+func processorTime(b *testing.B) time.Duration {
+	b.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// reportProcessorTime reports what one iteration took until the function that it returns is called.
+func reportProcessorTime(b *testing.B) func() {
+	began := processorTime(b)
+	return func() { b.ReportMetric(float64(processorTime(b)-began)/float64(b.N), "cpu-ns/op") }
+}
+
+func newMemRepository(b *testing.B, keys ...Key) *Repository {
+	b.Helper()
+	s := store.NewMem()
+	if err := initStore(b.Context(), s, keys); err != nil {
+		b.Fatal(err)
+	}
+	r, err := openStore(b.Context(), s, "mem:", Options{Keys: keys, CacheBytes: 1})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { r.Close() })
+	if _, err := r.BindCluster(b.Context(), "main", testSystemID, 16<<20); err != nil {
+		b.Fatal(err)
+	}
+	return r
+}
+
+// BenchmarkWriteBackup deletes each backup again: memory would end.
 func BenchmarkWriteBackup(b *testing.B) {
 	files := benchFiles()
-	for name, keys := range map[string][]Key{"plain": nil, "encrypted": {newTestKey(b)}} {
-		b.Run(name, func(b *testing.B) {
-			b.SetBytes(256 << 20)
-			for b.Loop() {
-				writeTestBackup(b, newTestRepository(b, keys...), files, nil)
+	plainAndSealed(b, func(r *Repository) func() {
+		before := storedKeys(b, r)
+		return func() {
+			writeTestBackup(b, r, files, nil)
+			for _, key := range storedKeys(b, r) {
+				if slices.Contains(before, key) {
+					continue
+				}
+				if err := r.store.Delete(b.Context(), key); err != nil {
+					b.Fatal(err)
+				}
 			}
-		})
-	}
+		}
+	})
 }
 
 // BenchmarkSealing stands beside BenchmarkCompressing: what encryption adds to a chunk, the derivation of the key included.
@@ -35,12 +98,14 @@ func BenchmarkSealing(b *testing.B) {
 	}
 	frame := codec.storeChunk(nil, pagesOf(3, ChunkPages))
 	b.Run("derive", func(b *testing.B) {
+		defer reportProcessorTime(b)()
 		for b.Loop() {
 			seals.object(kindPack, PackID{1}.key(), salt{})
 		}
 	})
 	sealer := seals.object(kindPack, PackID{1}.key(), salt{})
 	b.Run("seal", func(b *testing.B) {
+		defer reportProcessorTime(b)()
 		room := append(make([]byte, 0, len(frame)+sealer.overhead()), frame...)
 		for b.Loop() {
 			sealer.seal(room, 0)
@@ -48,6 +113,7 @@ func BenchmarkSealing(b *testing.B) {
 	})
 	sealed := sealer.seal(bytes.Clone(frame), 0)
 	b.Run("open", func(b *testing.B) {
+		defer reportProcessorTime(b)()
 		room := make([]byte, len(sealed))
 		for b.Loop() {
 			copy(room, sealed)
@@ -66,11 +132,13 @@ func BenchmarkCompressing(b *testing.B) {
 	content := pagesOf(3, ChunkPages)
 	var frame []byte
 	b.Run("compress", func(b *testing.B) {
+		defer reportProcessorTime(b)()
 		for b.Loop() {
 			frame = codec.storeChunk(frame[:0], content)
 		}
 	})
 	b.Run("decompress", func(b *testing.B) {
+		defer reportProcessorTime(b)()
 		room := make([]byte, 0, ChunkSize)
 		for b.Loop() {
 			if _, err := codec.chunkContent(room, frame); err != nil {
@@ -106,38 +174,45 @@ func BenchmarkWriteUnchangedBackup(b *testing.B) {
 	}
 }
 
-func openBenchFile(b *testing.B) *File {
+func openBenchFile(b *testing.B, r *Repository) *File {
 	b.Helper()
-	backup := writeTestBackup(b, newTestRepository(b), benchFiles(), nil)
-	e, err := backup.Stat(context.Background(), "pgdata/base/5/2")
+	backup := writeTestBackup(b, r, benchFiles(), nil)
+	e, err := backup.Stat(b.Context(), "pgdata/base/5/2")
 	if err != nil {
 		b.Fatal(err)
 	}
-	f, err := backup.Open(context.Background(), e)
+	f, err := backup.Open(b.Context(), e)
 	if err != nil {
 		b.Fatal(err)
 	}
 	return f
 }
 
+// BenchmarkReadSequential reads 128 MiB.
 func BenchmarkReadSequential(b *testing.B) {
-	f := openBenchFile(b)
 	p := make([]byte, 1<<20)
-	b.SetBytes(f.Size())
-	for b.Loop() {
-		if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.NewSectionReader(f, 0, f.Size()), p); err != nil {
-			b.Fatal(err)
+	plainAndSealed(b, func(r *Repository) func() {
+		f := openBenchFile(b, r)
+		return func() {
+			if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.NewSectionReader(f, 0, f.Size()), p); err != nil {
+				b.Fatal(err)
+			}
 		}
-	}
+	})
 }
 
-func BenchmarkReadRandomPage(b *testing.B) {
-	f := openBenchFile(b)
+// BenchmarkReadRandomPages reads 1000 pages, each from a chunk that no cache holds.
+func BenchmarkReadRandomPages(b *testing.B) {
 	p := make([]byte, PageSize)
 	rng := rand.New(rand.NewPCG(1, 1))
-	for b.Loop() {
-		if _, err := f.ReadAt(p, rng.Int64N(f.Size()/PageSize)*PageSize); err != nil {
-			b.Fatal(err)
+	plainAndSealed(b, func(r *Repository) func() {
+		f := openBenchFile(b, r)
+		return func() {
+			for range 1000 {
+				if _, err := f.ReadAt(p, rng.Int64N(f.Size()/PageSize)*PageSize); err != nil {
+					b.Fatal(err)
+				}
+			}
 		}
-	}
+	})
 }

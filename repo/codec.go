@@ -114,11 +114,15 @@ func contentSize(frame []byte, limit uint64) (uint64, error) {
 	if err := h.Decode(frame); err != nil {
 		return 0, err
 	}
-	if !h.HasFCS || h.FrameContentSize > limit {
+	if !h.HasFCS || h.FrameContentSize > min(limit, mostContent(len(frame))) {
 		return 0, fmt.Errorf("a frame of %d bytes", h.FrameContentSize)
 	}
 	return h.FrameContentSize, nil
 }
+
+// mostContent is more than a frame of so many bytes can hold: a block of zstd takes 4 bytes at least and has 128 KiB of content
+// at most. So what a damaged length makes us allocate is in proportion to what was read.
+func mostContent(frame int) uint64 { return uint64(frame/4+1) << 17 }
 
 // decompressInto decompresses a frame into dst, at most cap(dst) bytes, and returns the content.
 func (c *codec) decompressInto(dst, frame []byte) ([]byte, error) {

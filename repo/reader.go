@@ -349,16 +349,9 @@ func (f *mappedFile) copyPart(p part) error {
 	return nil
 }
 
-// chunkKey names what the cache of chunks holds: a chunk, or a block of a WAL object.
-type chunkKey struct {
-	pack   PackID
-	wal    string
-	offset uint32
-}
-
 // chunk returns a chunk's content, verified. It is shared: do not change it.
 func (r *Repository) chunk(ctx context.Context, ref Ref) ([]byte, error) {
-	return r.chunks.get(chunkKey{pack: ref.Pack, offset: ref.Offset}, func() ([]byte, int64, error) {
+	return r.chunks.get(ref.ID, func() ([]byte, int64, error) {
 		frame, err := r.getPack(ctx, ref.Pack, int64(ref.Offset), int64(ref.Length))
 		if err != nil {
 			return nil, 0, err

@@ -48,8 +48,8 @@ type Repository struct {
 	seals   seals
 	codec   *codec
 
-	read   atomic.Int64 // bytes fetched from the store
-	chunks *cache[chunkKey, []byte]
+	read   atomic.Int64       // bytes fetched from the store
+	chunks *cache[ID, []byte] // content of chunks and of blocks of WAL: by what it is, never by where it lay
 	trees  *cache[ID, []Entry]
 	heads  *cache[string, *walHead]
 }
@@ -94,7 +94,7 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 	if o.CacheBytes == 0 {
 		o.CacheBytes = defaultCacheBytes
 	}
-	r.chunks = newCache[chunkKey, []byte](o.CacheBytes)
+	r.chunks = newCache[ID, []byte](o.CacheBytes)
 	r.trees = newCache[ID, []Entry](treeCacheBytes)
 	r.heads = newCache[string, *walHead](treeCacheBytes)
 	return r, r.readConfig(ctx, o)

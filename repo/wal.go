@@ -184,24 +184,32 @@ func (r *Repository) WALHead(ctx context.Context, cluster string, name pg.WALNam
 		StoredBytes: h.offsets[len(h.offsets)-1]}, nil
 }
 
+// walHead returns the head of a WAL object, which a cache may hold.
 func (r *Repository) walHead(ctx context.Context, cluster string, name pg.WALName) (*walHead, error) {
-	key := walKey(cluster, name)
-	return r.heads.get(key, func() (*walHead, int64, error) {
-		start, err := r.get(ctx, key, 0, walHeaderSize)
-		if err != nil {
-			return nil, 0, walReadError(name, err)
-		}
-		n, err := r.walHeadLength(key, start)
+	return r.heads.get(walKey(cluster, name), func() (*walHead, int64, error) {
+		h, err := r.readWALHead(ctx, cluster, name)
 		if err != nil {
 			return nil, 0, err
 		}
-		sealed, err := r.get(ctx, key, walHeaderSize, n)
-		if err != nil {
-			return nil, 0, walReadError(name, err)
-		}
-		h, err := r.parseWALHead(key, cluster, name, start, sealed)
-		return h, 512 + n, err
+		return h, 512 + h.offsets[0], nil
 	})
+}
+
+func (r *Repository) readWALHead(ctx context.Context, cluster string, name pg.WALName) (*walHead, error) {
+	key := walKey(cluster, name)
+	start, err := r.get(ctx, key, 0, walHeaderSize)
+	if err != nil {
+		return nil, walReadError(name, err)
+	}
+	n, err := r.walHeadLength(key, start)
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := r.get(ctx, key, walHeaderSize, n)
+	if err != nil {
+		return nil, walReadError(name, err)
+	}
+	return r.parseWALHead(key, cluster, name, start, sealed)
 }
 
 func walReadError(name pg.WALName, err error) error {
@@ -333,10 +341,11 @@ func (r *Repository) WALNames(ctx context.Context, cluster string) ([]pg.WALName
 	return names, nil
 }
 
-// openWAL opens a WAL file for reading in parts; it reads the object's head. The context bounds all later reads.
+// openWAL opens a WAL file for reading in parts; it reads the object's head, past the cache: one that was damaged may have been
+// pushed again, which has another salt. The context bounds all later reads.
 // ErrNoWAL: there is no such object.
 func (r *Repository) openWAL(ctx context.Context, cluster string, name pg.WALName) (*File, error) {
-	head, err := r.walHead(ctx, cluster, name)
+	head, err := r.readWALHead(ctx, cluster, name)
 	if err != nil {
 		return nil, err
 	}
@@ -366,7 +375,7 @@ func (w *walFile) readAt(p []byte, off int64) error {
 
 func (w *walFile) block(i int) ([]byte, error) {
 	h := w.head
-	return w.r.chunks.get(chunkKey{wal: w.key, offset: uint32(i)}, func() ([]byte, int64, error) {
+	return w.r.chunks.get(h.Blocks[i].ID, func() ([]byte, int64, error) {
 		sealed, err := w.r.get(w.ctx, w.key, h.offsets[i], int64(h.Blocks[i].Length))
 		if err != nil {
 			return nil, 0, fmt.Errorf("read %s: %w", w.key, err)

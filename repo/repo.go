@@ -42,7 +42,7 @@ type Repository struct {
 
 	read   atomic.Int64 // bytes fetched from the store
 	chunks *cache[chunkKey, []byte]
-	trees  *cache[ID, []Entry]
+	trees  *cache[ID, *Listing]
 	heads  *cache[string, *walHead]
 }
 
@@ -192,7 +192,7 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 		o.CacheBytes = defaultCacheBytes
 	}
 	r.chunks = newCache[chunkKey, []byte](o.CacheBytes)
-	r.trees = newCache[ID, []Entry](treeCacheBytes)
+	r.trees = newCache[ID, *Listing](treeCacheBytes)
 	r.heads = newCache[string, *walHead](treeCacheBytes)
 	return r, r.readConfig(ctx, o.Keys)
 }

@@ -69,6 +69,7 @@ type synthetic struct {
 	live map[PackID]uint64 // by the databases' files and trees
 
 	sizes map[PackID]packSize // packWriters.mu of the current backup guards it
+	rooms chan []byte         // each holds a pack
 }
 
 // newSynthetic makes the repository in dir.
@@ -80,7 +81,10 @@ func newSynthetic(t testing.TB, dir string, spec syntheticSpec, keys ...Key) *sy
 		t.Fatal(err)
 	}
 	s := &synthetic{dir: dir, spec: spec, trees: make([]Ref, spec.databases), maps: make([]Ref, spec.segments),
-		later: make([][]*syntheticPack, spec.segments), live: map[PackID]uint64{}, sizes: map[PackID]packSize{}}
+		later: make([][]*syntheticPack, spec.segments), live: map[PackID]uint64{}, sizes: map[PackID]packSize{}, rooms: make(chan []byte, runtime.GOMAXPROCS(0))}
+	for range cap(s.rooms) {
+		s.rooms <- make([]byte, 0, dataPackSize+4<<20)
+	}
 	if err := initStore(ctx, unsynced{file, dir}, keys); err != nil {
 		t.Fatal(err)
 	}
@@ -490,19 +494,16 @@ func (s *synthetic) writePack(w *BackupWriter, p *syntheticPack) error {
 		toc.add(pieceChunk, ref.Length, size, ref.ID, digests[i*n:][:n])
 	}
 	at := int(p.refs[len(p.refs)-1].end())
-	room := syntheticRooms.Get().(*[]byte)
-	defer syntheticRooms.Put(room)
-	copy(*room, s.r.seals.header(kindPack, [8]byte{p.class}, salt(p.id)))
-	body, packSize := s.r.endPack((*room)[:at], s.r.packSealer(p.id), &toc)
+	room := <-s.rooms
+	defer func() { s.rooms <- room }()
+	copy(room[:at], s.r.seals.header(kindPack, [8]byte{p.class}, salt(p.id)))
+	body, packSize := s.r.endPack(room[:at], s.r.packSealer(p.id), &toc)
 	w.packs.mu.Lock()
 	w.packs.done[p.id] = packSize
 	w.packs.mu.Unlock()
 	w.packs.stored.Add(int64(len(body)))
 	return writeSparse(filepath.Join(s.dir, p.id.key()), body, at)
 }
-
-// syntheticRooms have room for a pack, and are zeros behind the header.
-var syntheticRooms = sync.Pool{New: func() any { b := make([]byte, dataPackSize, dataPackSize+4<<20); return &b }}
 
 // TestMakeSynthetic makes such a repository for the benchmark: PGTHAW_SYNTHETIC is the directory, PGTHAW_SYNTHETIC_SHARE
 // the share of 10 TiB, 1 by default. PGTHAW_SYNTHETIC_FLAT makes all files lie in one directory.

@@ -297,8 +297,16 @@ func (d *backupDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut)
 
 func (d *backupDir) OpendirHandle(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	load := func() ([]fuse.DirEntry, syscall.Errno) {
-		list, number := d.list()
-		return append(list, dirEntry(d.mountPath(), manifestName, syscall.S_IFREG)), number
+		entries, number := d.entries("readdir")
+		if number != 0 {
+			return nil, number
+		}
+		var list []fuse.DirEntry
+		for i := range entries.Len() {
+			e := entries.At(i)
+			list = append(list, dirEntry(d.mountPath(), e.Name, unixType(e)))
+		}
+		return append(list, dirEntry(d.mountPath(), manifestName, syscall.S_IFREG)), 0
 	}
 	s, number := openStream(load, d.Lookup)
 	return s, 0, number

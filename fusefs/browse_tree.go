@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"path"
-	"sort"
 	"strings"
 	"syscall"
 
@@ -76,7 +75,7 @@ func shownLink(name string, e repo.Entry) string {
 // treeDir is a directory of a backup.
 type treeDir struct{ treeNode }
 
-func (d *treeDir) entries(op string) ([]repo.Entry, syscall.Errno) {
+func (d *treeDir) entries(op string) (*repo.Listing, syscall.Errno) {
 	list, err := d.backup.ReadDir(d.b.ctx, d.name)
 	if err != nil {
 		return nil, d.fail(op, err)
@@ -89,11 +88,11 @@ func (d *treeDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (
 	if number != 0 {
 		return nil, number
 	}
-	i, ok := sort.Find(len(list), func(i int) int { return strings.Compare(name, list[i].Name) })
+	e, ok := list.Find(name)
 	if !ok {
 		return nil, syscall.ENOENT
 	}
-	return d.child(ctx, list[i], out), 0
+	return d.child(ctx, e, out), 0
 }
 
 func (d *treeDir) child(ctx context.Context, e repo.Entry, out *fuse.EntryOut) *fs.Inode {
@@ -119,19 +118,57 @@ func (d *treeDir) child(ctx context.Context, e repo.Entry, out *fuse.EntryOut) *
 }
 
 func (d *treeDir) OpendirHandle(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
-	s, number := openStream(d.list, d.Lookup)
-	return s, fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE, number
+	list, number := d.entries("readdir")
+	if number != 0 {
+		return nil, 0, number
+	}
+	return &treeStream{dir: d, path: d.mountPath(), list: list}, fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE, 0
 }
 
-func (d *treeDir) list() ([]fuse.DirEntry, syscall.Errno) {
-	entries, number := d.entries("readdir")
-	dir := d.mountPath()
-	list := make([]fuse.DirEntry, len(entries), len(entries)+1)
-	for i, e := range entries {
-		list[i] = dirEntry(dir, e.Name, unixType(e))
-	}
-	return list, number
+// treeStream is an open directory of a backup. Entries are decoded as the kernel comes by: there may be a million.
+type treeStream struct {
+	dir  *treeDir
+	path string // in the mount
+	list *repo.Listing
+
+	// The kernel sends one request for a handle at a time; go-fuse holds a lock over it.
+	next int
+	last repo.Entry // given last
 }
+
+func (s *treeStream) Readdirent(context.Context) (*fuse.DirEntry, syscall.Errno) {
+	if s.next >= s.list.Len() {
+		return nil, 0
+	}
+	s.last = s.list.At(s.next)
+	s.next++
+	e := dirEntry(s.path, s.last.Name, unixType(s.last))
+	e.Off = uint64(s.next)
+	return &e, 0
+}
+
+// Seekdir continues after the entry whose Off it is given.
+func (s *treeStream) Seekdir(_ context.Context, off uint64) syscall.Errno {
+	if off > uint64(s.list.Len()) {
+		return syscall.EINVAL
+	}
+	s.next = int(off)
+	return 0
+}
+
+// Lookup answers for READDIRPLUS, which asks for the entry just given.
+func (s *treeStream) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	if s.last.Name == name {
+		return s.dir.child(ctx, s.last, out), 0
+	}
+	return s.dir.Lookup(ctx, name, out)
+}
+
+var (
+	_ fs.FileReaddirenter = (*treeStream)(nil)
+	_ fs.FileSeekdirer    = (*treeStream)(nil)
+	_ fs.FileLookuper     = (*treeStream)(nil)
+)
 
 // treeLink is a symbolic link of a backup.
 type treeLink struct{ treeNode }

@@ -90,12 +90,12 @@ func (l *layer) spread(wg *sync.WaitGroup, fn func() error) error {
 // dir makes what the backup's directory name holds in the directory fd, and then gives fd the attributes of e, for
 // making entries changes a directory's times.
 func (l *layer) dir(fd int, name string, e repo.Entry) error {
-	entries, err := l.b.ReadDir(l.ctx, name)
+	list, err := l.b.ReadDir(l.ctx, name)
 	if err != nil {
 		return err
 	}
 	var wg sync.WaitGroup
-	err = l.entries(&wg, fd, name, entries)
+	err = l.entries(&wg, fd, name, list)
 	wg.Wait()
 	if err != nil {
 		return err
@@ -106,12 +106,11 @@ func (l *layer) dir(fd int, name string, e repo.Entry) error {
 	return nil
 }
 
-func (l *layer) entries(wg *sync.WaitGroup, fd int, name string, entries []repo.Entry) error {
-	for len(entries) > 0 {
-		batch := entries[:min(layBatch, len(entries))]
-		entries = entries[len(batch):]
+func (l *layer) entries(wg *sync.WaitGroup, fd int, name string, list *repo.Listing) error {
+	for from := 0; from < list.Len(); from += layBatch {
 		err := l.spread(wg, func() error {
-			for _, e := range batch {
+			for i := from; i < min(from+layBatch, list.Len()); i++ {
+				e := list.At(i)
 				if err := l.entry(wg, fd, path.Join(name, e.Name), e); err != nil {
 					return err
 				}

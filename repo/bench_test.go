@@ -9,8 +9,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"pgthaw/repo/store"
 )
 
 // benchFiles is 256 MiB that compress about 4:1, as rows do.
@@ -50,23 +48,6 @@ func processorTime(b *testing.B) time.Duration {
 func reportProcessorTime(b *testing.B) func() {
 	began := processorTime(b)
 	return func() { b.ReportMetric(float64(processorTime(b)-began)/float64(b.N), "cpu-ns/op") }
-}
-
-func newMemRepository(b *testing.B, keys ...Key) *Repository {
-	b.Helper()
-	s := store.NewMem()
-	if err := initStore(b.Context(), s, keys); err != nil {
-		b.Fatal(err)
-	}
-	r, err := openStore(b.Context(), s, "mem:", Options{Keys: keys, CacheBytes: 1})
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { r.Close() })
-	if _, err := r.BindCluster(b.Context(), "main", testSystemID, 16<<20); err != nil {
-		b.Fatal(err)
-	}
-	return r
 }
 
 // BenchmarkWriteBackup deletes each backup again: memory would end.

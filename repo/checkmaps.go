@@ -125,27 +125,27 @@ func (w *mapChecker) tree(ctx context.Context, cl *checkedCluster, m *Manifest, 
 	if set, ok := w.known(at); ok {
 		return set, nil
 	}
-	var entries []Entry
+	var list *Listing
 	if err == nil {
-		entries, err = w.read(ctx, ref)
+		list, err = w.read(ctx, ref)
 	}
 	if err != nil {
 		return w.keep(at, nil, nil), w.bad(ctx, at, err)
 	}
-	sets := make([]uint32, len(entries))
+	sets := make([]uint32, list.Len())
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
-	for i, e := range entries {
+	for i := range sets {
 		sets[i] = w.keepNone()
-		if !e.IsDir() {
+		if e := list.At(i); !e.IsDir() {
 			g.Go(func() (err error) { sets[i], err = w.file(gctx, cl, m, at, e); return err })
 		}
 	}
 	if err := g.Wait(); err != nil {
 		return 0, err
 	}
-	for i, e := range entries {
-		if e.IsDir() {
+	for i := range sets {
+		if e := list.At(i); e.IsDir() {
 			if sets[i], err = w.tree(ctx, cl, m, e.content.ref); err != nil {
 				return 0, err
 			}
@@ -163,16 +163,16 @@ func (w *mapChecker) keepNone() uint32 {
 }
 
 // read reads a directory past all caches: the same content may lie in two places.
-func (w *mapChecker) read(ctx context.Context, ref Ref) ([]Entry, error) {
+func (w *mapChecker) read(ctx context.Context, ref Ref) (*Listing, error) {
 	content, err := w.c.r.piece(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
-	entries, err := decodeTree(content)
+	list, err := newListing(content)
 	if err != nil {
 		return nil, ref.corrupt(err.Error())
 	}
-	return entries, nil
+	return list, nil
 }
 
 // bad keeps a damaged piece. It returns an error if the check cannot go on.
@@ -334,11 +334,12 @@ func (b *blamer) directory(ctx context.Context, path string, ref Ref) error {
 	if b.sound(at) {
 		return nil
 	}
-	entries, err := b.read(ctx, ref)
+	list, err := b.read(ctx, ref)
 	if err != nil {
 		return unanswered(ctx, err)
 	}
-	for _, e := range entries {
+	for i := range list.Len() {
+		e := list.At(i)
 		if e.IsDir() {
 			err = b.directory(ctx, path+e.Name+"/", e.content.ref)
 		} else {

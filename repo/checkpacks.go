@@ -136,8 +136,10 @@ func (c *checker) checkPack(ctx context.Context, p *checkedPack) error {
 		return nil
 	}
 	err := c.checkPackHeader(ctx, p)
-	if err == nil {
+	if err == nil && c.o.Maps {
 		_, err = c.toc(ctx, p)
+	} else if err == nil { // nobody asks for it again
+		_, err = c.readTOC(ctx, p)
 	}
 	if err != nil {
 		c.packDamaged(p, err, costIndex)
@@ -163,20 +165,29 @@ func (c *checker) checkPackHeader(ctx context.Context, p *checkedPack) error {
 // toc returns a pack's table of contents, without page digests.
 func (c *checker) toc(ctx context.Context, p *checkedPack) (*packTOC, error) {
 	return c.tocs.get(p.id, func() (*packTOC, int64, error) {
-		t, err := c.r.readTOC(ctx, p.id, p.size)
+		t, err := c.readTOC(ctx, p)
 		if err != nil {
 			return nil, 0, err
-		}
-		end, at := uint32(packHeaderSize), p.size.size-p.size.toc-packTrailerSize
-		if len(t.kinds) > 0 {
-			end = t.offsets[len(t.kinds)]
-		}
-		if end != at {
-			return nil, 0, corrupt(p.id.key(), "its pieces end at %d, its table of contents begins at %d", end, at)
 		}
 		t.digests = nil
 		return t, 256 + 25*int64(len(t.kinds)), nil
 	})
+}
+
+// readTOC reads a pack's table of contents and compares it with the pack's size.
+func (c *checker) readTOC(ctx context.Context, p *checkedPack) (*packTOC, error) {
+	t, err := c.r.readTOC(ctx, p.id, p.size)
+	if err != nil {
+		return nil, err
+	}
+	end, at := uint32(packHeaderSize), p.size.size-p.size.toc-packTrailerSize
+	if len(t.kinds) > 0 {
+		end = t.offsets[len(t.kinds)]
+	}
+	if end != at {
+		return nil, corrupt(p.id.key(), "its pieces end at %d, its table of contents begins at %d", end, at)
+	}
+	return t, nil
 }
 
 // pack returns a pack that a tree or map refers to. One that no pack list names is looked at now.

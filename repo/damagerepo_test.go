@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -74,41 +73,16 @@ func (s *damagedStore) List(ctx context.Context, prefix string) iter.Seq2[store.
 	}
 }
 
-// newConfigOf makes up a repository: of this master key, or of a new one if there is one at all.
-func newConfigOf(t *testing.T, keys []Key, m *masterKey) (config, []KeySlot) {
-	t.Helper()
-	cfg, slots, err := newConfig(keys)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if m == nil {
-		return cfg, slots
-	}
-	var id [16]byte
-	if err := decodeHex(id[:], []byte(cfg.ID)); err != nil {
-		t.Fatal(err)
-	}
-	cfg.Authentication = m.authenticate(id, cfg)
-	for i, k := range keys {
-		if slots[i], err = newKeySlot(m, k, "of a twin"); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return cfg, slots
-}
-
 // newDamagedRepository makes a repository, with a master key that may be another's.
 func newDamagedRepository(t *testing.T, s store.Store, keys []Key, m *masterKey) *Repository {
 	t.Helper()
-	cfg, slots := newConfigOf(t, keys, m)
-	body, err := marshalDocument(cfg)
-	if err == nil {
-		err = s.Put(t.Context(), configKey, body)
+	c, id := newConfig()
+	seals := seals{id: id, master: m}
+	if len(keys) > 0 && m == nil {
+		own := newMasterKey()
+		seals.master = &own
 	}
-	for _, slot := range slots {
-		err = errors.Join(err, putKeySlot(t.Context(), s, slot))
-	}
-	if err != nil {
+	if err := seals.putRepository(t.Context(), s, c, keys); err != nil {
 		t.Fatal(err)
 	}
 	r, err := openStore(t.Context(), s, "mem:", Options{Keys: keys})

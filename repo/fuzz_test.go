@@ -67,17 +67,30 @@ func FuzzTree(f *testing.F) {
 	})
 }
 
+// decodeTree decodes a whole tree.
+func decodeTree(b []byte) ([]Entry, error) {
+	list, err := newListing(b)
+	if err != nil {
+		return nil, err
+	}
+	entries := make([]Entry, list.Len())
+	for i := range entries {
+		entries[i] = list.At(i)
+	}
+	return entries, nil
+}
+
 func checkLookups(t *testing.T, encoded []byte, list []Entry) {
 	t.Helper()
-	stored, err := newStoredListing(encoded)
+	stored, err := newListing(encoded)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range list {
-		if e, ok := stored.find(want.Name); !ok || !reflect.DeepEqual(e, want) {
+		if e, ok := stored.Find(want.Name); !ok || !reflect.DeepEqual(e, want) {
 			t.Errorf("found %+v, %v; want %+v", e, ok, want)
 		}
-		if e, ok := stored.find(want.Name + "\x01"); ok && e.Name != want.Name+"\x01" {
+		if e, ok := stored.Find(want.Name + "\x01"); ok && e.Name != want.Name+"\x01" {
 			t.Errorf("found %+v for another name", e)
 		}
 	}

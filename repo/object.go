@@ -42,6 +42,8 @@ func (s *seals) checkHeader(key string, b []byte, kind byte) (salt, error) {
 		return salt{}, &FormatError{Object: key, Version: int(b[5])}
 	case b[5] != formatVersion || b[6] != s.kind():
 		return salt{}, corrupt(key, "format version %d, seal %d instead of %d", b[5], b[6], s.kind())
+	case (kind == kindPackList || kind == kindDocument) && [8]byte(b[8:16]) != [8]byte{}:
+		return salt{}, corrupt(key, "its header has bytes that are to be 0")
 	}
 	return salt(b[16:objectHeaderSize]), nil
 }

@@ -137,8 +137,9 @@ func (t *packTOC) appendTo(b []byte) []byte {
 
 func decodeTOC(b []byte) (*packTOC, error) {
 	d := decoder{b: b}
-	n := d.count(3)
-	t := &packTOC{}
+	n := d.count(3 + len(ID{}))
+	t := &packTOC{offsets: make([]uint32, 0, n+1), kinds: make([]byte, 0, n), sizes: make([]uint32, 0, n),
+		ids: make([]ID, 0, n), digests: make([][]byte, 0, n)}
 	var end uint64 = packHeaderSize
 	for range n {
 		kind, length, size := d.byte(), d.uvarint(), d.uvarint()
@@ -254,21 +255,28 @@ func (p *packer) flush() error {
 	if err := p.w.ctx.Err(); err != nil {
 		return context.Cause(p.w.ctx)
 	}
-	toc := p.toc.appendTo(nil)
-	id, _ := p.w.r.digests.sum(toc, nil)
-	at := len(p.buf)
-	// Not into p.buf itself: the encoder keeps hold of what it has written to, a whole pack then.
-	p.buf = p.sealer.seal(append(p.buf, p.w.r.codec.compress(nil, toc)...), at)
-	size := packSize{toc: uint32(len(p.buf) - at)}
-	p.buf = binary.LittleEndian.AppendUint32(p.buf, uint32(at))
-	p.buf = binary.LittleEndian.AppendUint32(p.buf, size.toc)
-	p.buf = append(append(p.buf, id[:]...), packTrailerEnd...)
-	size.size = uint32(len(p.buf))
+	var size packSize
+	p.buf, size = p.w.r.endPack(p.buf, p.sealer, &p.toc)
 
 	body, pack := p.buf, p.id
 	p.buf = nil
 	p.w.uploads.Go(func() error { return p.w.put(pack, body, size) })
 	return nil
+}
+
+// endPack appends to a pack's pieces its table of contents and the trailer.
+func (r *Repository) endPack(pack []byte, s sealer, t *packTOC) ([]byte, packSize) {
+	toc := t.appendTo(nil)
+	id, _ := r.digests.sum(toc, nil)
+	at := len(pack)
+	// Not into pack itself: the encoder keeps hold of what it has written to, a whole pack then.
+	pack = s.seal(append(pack, r.codec.compress(nil, toc)...), at)
+	size := packSize{toc: uint32(len(pack) - at)}
+	pack = binary.LittleEndian.AppendUint32(pack, uint32(at))
+	pack = binary.LittleEndian.AppendUint32(pack, size.toc)
+	pack = append(append(pack, id[:]...), packTrailerEnd...)
+	size.size = uint32(len(pack))
+	return pack, size
 }
 
 func (w *packWriters) put(id PackID, body []byte, size packSize) error {

@@ -17,7 +17,7 @@ type priorBackup struct {
 	tocs  *cache[PackID, *packTOC]
 
 	dir     string // the directory that was looked into last: files come directory by directory
-	listing *storedListing
+	listing *Listing
 }
 
 // tocCacheBytes is room for the page digests of some 20 GB.
@@ -94,7 +94,7 @@ func (p *priorBackup) file(ctx context.Context, name string) (*priorFile, error)
 	if err != nil {
 		return nil, fmt.Errorf("compare with backup %s: %w", p.b.Manifest.ID, err)
 	}
-	e, ok := list.find(base)
+	e, ok := list.Find(base)
 	if !ok || e.content.kind != contentMap && e.content.kind != contentInlineMap {
 		return nil, nil
 	}
@@ -106,14 +106,14 @@ func (p *priorBackup) file(ctx context.Context, name string) (*priorFile, error)
 }
 
 // list returns the prior listing of a directory; an empty one if there is none. Files are made by one goroutine at a time.
-func (p *priorBackup) list(ctx context.Context, dir string) (*storedListing, error) {
+func (p *priorBackup) list(ctx context.Context, dir string) (*Listing, error) {
 	if p.listing != nil && p.dir == dir {
 		return p.listing, nil
 	}
 	e, err := p.b.Stat(ctx, dir)
-	list := &storedListing{}
+	list := &Listing{}
 	if err == nil && e.IsDir() {
-		list, err = p.r.storedListing(ctx, e)
+		list, err = p.r.listing(ctx, e)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err

@@ -32,7 +32,6 @@ func listedBackups(t testing.TB, r *Repository) string {
 func TestPrune(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newMemRepository(t)
-		defer r.Close()
 		first := writeTestBackup(t, r, testFiles{"pgdata/a": incompressible(40), "pgdata/b": incompressible(20)}, nil)
 		time.Sleep(time.Second)
 		changed := incompressible(20)
@@ -69,7 +68,6 @@ func TestPrune(t *testing.T) {
 func TestWriterGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newMemRepository(t)
-		defer r.Close()
 		s, err := r.begin(t.Context(), BackupOptions{}.session("main"))
 		if err != nil {
 			t.Fatal(err)
@@ -96,7 +94,6 @@ func TestWriterGivenUp(t *testing.T) {
 func TestPruneSparesWhatIsUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newMemRepository(t)
-		defer r.Close()
 		files := testFiles{"pgdata/a": incompressible(40)}
 		first := writeTestBackup(t, r, files, nil)
 		time.Sleep(time.Second)
@@ -124,12 +121,14 @@ func TestPruneSparesWhatIsUsed(t *testing.T) {
 	})
 }
 
-func newMemRepository(t testing.TB) *Repository {
+// newMemRepository makes a repository in memory, which keeps next to nothing in its cache.
+func newMemRepository(t testing.TB, keys ...Key) *Repository {
 	t.Helper()
-	r, err := initStore(t.Context(), store.NewMem(), "mem:", Options{})
+	r, err := initStore(t.Context(), store.NewMem(), "mem:", Options{Keys: keys, CacheBytes: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { r.Close() })
 	if _, err := r.BindCluster(t.Context(), "main", testSystemID, 16<<20); err != nil {
 		t.Fatal(err)
 	}

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"iter"
 	"path"
-	"sort"
 	"strings"
 )
 
@@ -41,21 +40,17 @@ func (b *Backup) Stat(ctx context.Context, name string) (Entry, error) {
 		if err != nil {
 			return Entry{}, err
 		}
-		i, ok := find(list, part)
+		child, ok := list.Find(part)
 		if !ok {
 			return Entry{}, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
 		}
-		e = list[i]
+		e = child
 	}
 	return e, nil
 }
 
-func find(list []Entry, name string) (int, bool) {
-	return sort.Find(len(list), func(i int) int { return strings.Compare(name, list[i].Name) })
-}
-
-// ReadDir returns the entries of a directory, sorted by name. The slice is shared: do not change it.
-func (b *Backup) ReadDir(ctx context.Context, name string) ([]Entry, error) {
+// ReadDir returns what a directory holds.
+func (b *Backup) ReadDir(ctx context.Context, name string) (*Listing, error) {
 	e, err := b.Stat(ctx, name)
 	if err != nil {
 		return nil, err
@@ -66,18 +61,13 @@ func (b *Backup) ReadDir(ctx context.Context, name string) ([]Entry, error) {
 	return b.list(ctx, e)
 }
 
-func (b *Backup) list(ctx context.Context, e Entry) ([]Entry, error) {
-	ref := e.content.ref
-	return b.r.trees.get(ref.ID, func() ([]Entry, int64, error) {
-		content, err := b.r.tree(ctx, e)
+func (b *Backup) list(ctx context.Context, dir Entry) (*Listing, error) {
+	return b.r.trees.get(dir.content.ref.ID, func() (*Listing, int64, error) {
+		list, err := b.r.listing(ctx, dir)
 		if err != nil {
 			return nil, 0, err
 		}
-		list, err := decodeTree(content)
-		if err != nil {
-			return nil, 0, ref.corrupt(err.Error())
-		}
-		return list, int64(len(content)) + 160*int64(len(list)), nil
+		return list, list.cost(), nil
 	})
 }
 
@@ -90,13 +80,13 @@ func (r *Repository) tree(ctx context.Context, dir Entry) ([]byte, error) {
 	return b, nil
 }
 
-// storedListing returns a directory's tree, ready to look names up in. No cache keeps it.
-func (r *Repository) storedListing(ctx context.Context, dir Entry) (*storedListing, error) {
+// listing reads a directory. No cache keeps it.
+func (r *Repository) listing(ctx context.Context, dir Entry) (*Listing, error) {
 	b, err := r.tree(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
-	list, err := newStoredListing(b)
+	list, err := newListing(b)
 	if err != nil {
 		return nil, dir.content.ref.corrupt(err.Error())
 	}

@@ -50,7 +50,7 @@ type Repository struct {
 
 	read   atomic.Int64       // bytes fetched from the store
 	chunks *cache[ID, []byte] // content of chunks and of blocks of WAL: by what it is, never by where it lay
-	trees  *cache[ID, []Entry]
+	trees  *cache[ID, *Listing]
 	heads  *cache[string, *walHead]
 }
 
@@ -95,7 +95,7 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 		o.CacheBytes = defaultCacheBytes
 	}
 	r.chunks = newCache[ID, []byte](o.CacheBytes)
-	r.trees = newCache[ID, []Entry](treeCacheBytes)
+	r.trees = newCache[ID, *Listing](treeCacheBytes)
 	r.heads = newCache[string, *walHead](treeCacheBytes)
 	return r, r.readConfig(ctx, o)
 }

@@ -157,24 +157,6 @@ func (t *treeDecoder) next() (e Entry, err error) {
 	return e, t.d.err
 }
 
-func decodeTree(b []byte) ([]Entry, error) {
-	t, err := newTreeDecoder(b)
-	if err != nil {
-		return nil, err
-	}
-	entries := make([]Entry, 0, t.left)
-	for {
-		e, err := t.next()
-		if err == io.EOF {
-			return entries, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		entries = append(entries, e)
-	}
-}
-
 func (e *Entry) decode(d *decoder) {
 	e.Name = d.string()
 	mode, err := goMode(d.uint32())

@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -9,7 +10,7 @@ import (
 	"io/fs"
 	"path"
 	"runtime"
-	"sort"
+	"slices"
 	"sync"
 	"time"
 
@@ -433,7 +434,7 @@ func (w *BackupWriter) packUses() ([]packUse, error) {
 		}
 		uses = append(uses, packUse{pack: id, size: size, live: min(live, uint64(size.size))})
 	}
-	sort.Slice(uses, func(i, j int) bool { return uses[i].pack.String() < uses[j].pack.String() })
+	slices.SortFunc(uses, func(a, b packUse) int { return bytes.Compare(a.pack[:], b.pack[:]) })
 	return uses, nil
 }
 

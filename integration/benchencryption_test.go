@@ -24,7 +24,8 @@ func TestBenchEncryption(t *testing.T) {
 type benchSide struct {
 	b    *bench
 	repo string
-	key  []string // flags
+	init []string // flags of repo init
+	key  []string // flags of every other command
 	took []time.Duration
 	cpu  time.Duration // of pgthaw, user and system, of all runs
 }
@@ -32,8 +33,9 @@ type benchSide struct {
 // encryption backs up and restores with and without it in turns, each time beginning with the other, so that a slow minute of the
 // machine hits both. Each backup goes into a new repository.
 func (b *bench) encryption() {
-	plain := &benchSide{b: b, repo: filepath.Join(b.dir, "plain")}
-	sealed := &benchSide{b: b, repo: filepath.Join(b.dir, "encrypted"), key: []string{"--key-file", filepath.Join(b.dir, "key")}}
+	key := []string{"--key-file", filepath.Join(b.dir, "key")}
+	plain := &benchSide{b: b, repo: filepath.Join(b.dir, "plain"), init: []string{"--no-encryption"}}
+	sealed := &benchSide{b: b, repo: filepath.Join(b.dir, "encrypted"), init: key, key: key}
 	sides := []*benchSide{plain, sealed}
 	b.inTurns(sides, (*benchSide).backup)
 	b.row("backup, speed with encryption / without", ratio(plain, sealed), ">= 0.9")
@@ -80,7 +82,7 @@ func (s *benchSide) backup() {
 	if err := os.RemoveAll(s.repo); err != nil {
 		s.b.t.Fatal(err)
 	}
-	asPostgres.run(s.b.t, append([]string{"repo", "init", s.repo}, s.key...)...).ok(s.b.t)
+	asPostgres.run(s.b.t, append([]string{"repo", "init", s.repo}, s.init...)...).ok(s.b.t)
 	s.pgthaw("backup", "bench", "--full", "--pg-connection", s.b.socket(s.b.c))
 }
 

@@ -253,6 +253,9 @@ func (h harm) unseen() bool {
 
 // id is by what an error names the object.
 func (h harm) id() string {
+	if h.what == "delete" && strings.HasPrefix(h.object, "keys/") {
+		return "key slot"
+	}
 	base := filepath.Base(h.object)
 	return strings.TrimSuffix(strings.TrimSuffix(base, ".json"), ".packs")
 }

@@ -321,6 +321,26 @@ func TestFindKeys(t *testing.T) {
 	}
 }
 
+// TestNoSlotIsDamage: no key is wrong where none could be right.
+func TestNoSlotIsDamage(t *testing.T) {
+	k, s := newTestKey(t), store.NewMem()
+	if _, err := initStore(t.Context(), s, "mem", Options{Keys: []Key{k}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range keysIn(t, s) {
+		if key != configKey {
+			if err := s.Delete(t.Context(), key); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, o := range []Options{{}, {Keys: []Key{k}}} {
+		if _, err := openStore(t.Context(), s, "mem", o); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%d keys: %v", len(o.Keys), err)
+		}
+	}
+}
+
 // TestSlotsAreAuthentic changes what a key slot says of itself: it is shown, opens nothing, and does not count as a way in.
 func TestSlotsAreAuthentic(t *testing.T) {
 	k, other := newTestKey(t), newTestKey(t)

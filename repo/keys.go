@@ -275,11 +275,15 @@ func parseKeySlot(key string, b []byte) (KeySlot, error) {
 	return s, nil
 }
 
-// unlock finds the master key with one of the keys. ErrNoKey: there is none; ErrWrongKey: they are others'.
+// unlock finds the master key with one of the keys. ErrNoKey: there is none; ErrWrongKey: they are others'. ErrCorrupt: nobody's
+// key would do.
 func (r *Repository) unlock(ctx context.Context, o Options) (*masterKey, error) {
 	slots, bad := r.KeySlots(ctx)
 	if bad != nil && !errors.Is(bad, ErrCorrupt) {
 		return nil, bad
+	}
+	if len(slots) == 0 && bad == nil {
+		return nil, corrupt(keySlotsPrefix, "no key slot is there, so no key opens the repository")
 	}
 	p, err := r.Place()
 	if err != nil {

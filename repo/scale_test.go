@@ -89,7 +89,7 @@ func countOperations(t *testing.T, s *synthetic, spec syntheticSpec) {
 		{"open the latest backup", func() (err error) { m, err = r.Manifest(t.Context(), "main", Latest); return err },
 			map[string]int{"get clusters/": 1, "list backups/": 1, "get manifest": 1}},
 		{"open a backup by id", func() (err error) { m, err = r.Manifest(t.Context(), "main", m.ID); return err },
-			map[string]int{"get clusters/": 1, "get manifest": 1}},
+			map[string]int{"get clusters/": 1, "get manifest": 1, "get backups/": 1}},
 		{"find a file, its four directories", func() (err error) { e, err = r.OpenBackup(m).Stat(t.Context(), "pgdata/base/1/5000000"); return err },
 			map[string]int{"get packs/": 4}},
 		{"find another file there", func() error { _, err := r.OpenBackup(m).Stat(t.Context(), "pgdata/base/1/16384"); return err },
@@ -101,10 +101,10 @@ func countOperations(t *testing.T, s *synthetic, spec syntheticSpec) {
 		{"read eight chunks that lie together", func() error { _, err := f.ReadAt(make([]byte, 8*ChunkSize), 64*ChunkSize+32*ChunkSize); return err },
 			map[string]int{"get packs/": 1}},
 		{"tell what it holds", func() error { _, err := r.Info(t.Context()); return err },
-			map[string]int{"list clusters/": 1, "get clusters/": 2, "list backups/": 1, "get manifest": n, "get pack list": n, "list ": 1}},
+			map[string]int{"list clusters/": 1, "get clusters/": 2, "list backups/": 1, "get manifest": n, "get pack list": n, "list ": 1, "list sessions/": 1}},
 		{"check the structure", func() error { return checkStructure(t, r) },
 			map[string]int{"list keys/": 1, "list clusters/": 1, "get clusters/": 1, "list backups/": 1, "get manifest": n, "get pack list": n,
-				"list wal/": 1, "list packs/": 1, "get packs/": 2 * len(s.sizes)}},
+				"get backups/": n, "list sessions/": 1, "get sessions/": 1, "list wal/": 1, "list packs/": 1, "get packs/": 2 * len(s.sizes)}},
 	} {
 		if got := counts.during(t, step.do); !maps.Equal(got, step.want) {
 			t.Errorf("%s: %v, want %v", step.what, got, step.want)

@@ -91,7 +91,10 @@ func TestRollback(t *testing.T) {
 		shell(t, "mv "+r.repo+" "+older+" && mv "+r.newer+" "+r.repo)
 		r.pgthaw(t, "list").ok(t)
 		r.pgthaw(t, "repo", "check").ok(t)
+		data := newTarget(t)
+		r.copyTo(t, asPostgres, "thaw", "latest", data, "--hydrate", "off").ok(t)
 		r.swap(t, older)
+		r.testOverlay(t, data)
 	})
 	t.Run("accept", r.testAccept)
 }
@@ -194,6 +197,12 @@ func (r rolledBack) testFetch(t *testing.T) {
 	r.fetchRefused(t, r.repo, "main", missing[at+1], 1)
 	r.fetchRefused(t, r.repo, "main", "00000001.history", 200)
 	r.fetchRefused(t, r.repo, "main", "00000002.history", 1)
+}
+
+// testOverlay: the daemon of a directory that was thawed before gives the same answers.
+func (r rolledBack) testOverlay(t *testing.T, data string) {
+	r.overlayRefuses(t, asPostgres, data, "main", r.end, 200)
+	r.overlayRefuses(t, asPostgres, data, "main", segmentsAfter(t, r.end, 1)[0], 1)
 }
 
 // testWithoutState: who has seen nothing has nothing to compare with.

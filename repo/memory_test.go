@@ -188,7 +188,7 @@ func TestDeletedBackupIsNotLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.loses()
-	if got := r.memory.Seen(r.ID())["main"].Backup; got == second {
+	if got := r.memory.Seen(r.ID()).cluster("main").Backup; got == second {
 		t.Error("it is still remembered")
 	}
 }

@@ -80,11 +80,13 @@ func (v invocation) run(t *testing.T, args ...string) result {
 func (v invocation) command(t *testing.T, ctx context.Context, args []string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(ctx, filepath.Join(scratch, "bin", "pgthaw"), args...)
+	user := "root"
 	if v.postgres {
+		user = "postgres"
 		becomePostgres(t, cmd)
 		cmd.SysProcAttr.Pdeathsig = 0 // what stays, a mount for one, is to be ended by the test
 	}
-	cmd.Env = environment(append([]string{"HOME=" + filepath.Join(scratch, "home")}, v.env...)...)
+	cmd.Env = environment(append([]string{"HOME=" + filepath.Join(scratch, "home"), stateHome(t, user)}, v.env...)...)
 	cmd.Dir = "/"
 	return cmd
 }

@@ -134,7 +134,7 @@ func flipMiddle(b []byte) []byte {
 // check runs repo check, which has to find something, and nothing but something of object.
 func (r repository) check(object string, args ...string) checkFinding {
 	r.t.Helper()
-	v := invocation{env: []string{"PGTHAW_REPO=" + r.dir}}
+	v := invocation{env: unseen(r.dir)}
 	var out struct{ Findings, Notes []checkFinding }
 	v.run(r.t, append([]string{"repo", "check", "--json"}, args...)...).exits(r.t, 16).into(r.t, &out)
 	if len(out.Findings) != 1 || len(out.Notes) != 0 || out.Findings[0].Object != object {
@@ -152,7 +152,7 @@ func (r repository) check(object string, args ...string) checkFinding {
 // sound fails the test if repo check finds anything.
 func (r repository) sound(args ...string) {
 	r.t.Helper()
-	invocation{env: []string{"PGTHAW_REPO=" + r.dir}}.run(r.t, append([]string{"repo", "check"}, args...)...).ok(r.t)
+	invocation{env: unseen(r.dir)}.run(r.t, append([]string{"repo", "check"}, args...)...).ok(r.t)
 }
 
 // names fails the test unless a finding names just these backups.

@@ -289,7 +289,7 @@ func (d *damaged) quiet(t *testing.T, r result) {
 
 func (d *damaged) run(t *testing.T, repo string, args ...string) result {
 	t.Helper()
-	return invocation{env: []string{"PGTHAW_REPO=" + repo}, limit: damageLimit}.run(t, args...)
+	return invocation{env: unseen(repo), limit: damageLimit}.run(t, args...)
 }
 
 func (d *damaged) restore(t *testing.T, repo string, i int, target string) result {

@@ -27,7 +27,7 @@ import (
 )
 
 // scratch is the run's directory, made by TestMain: bin/pgthaw, home (HOME of every pgthaw), config (XDG_CONFIG_HOME of every
-// pgthaw, where the keys of repositories lie that are made without a word about keys), tmp (what tests make).
+// pgthaw, where the keys of repositories lie that are made without a word about keys), state (stateHome), tmp (what tests make).
 // It is short, because a unix socket's path has 107 bytes, and open to the server's user.
 var scratch string
 
@@ -65,7 +65,7 @@ func prepareScratch() (err error) {
 	if scratch, err = os.MkdirTemp("", "pgthaw-it"); err != nil {
 		return err
 	}
-	for dir, mode := range map[string]os.FileMode{"": 0o755, "bin": 0o755, "home": 0o1777, "tmp": 0o1777, "config": 0o755, "config/pgthaw/keys": 0o1777} {
+	for dir, mode := range map[string]os.FileMode{"": 0o755, "bin": 0o755, "home": 0o1777, "state": 0o1777, "tmp": 0o1777, "config": 0o755, "config/pgthaw/keys": 0o1777} {
 		path := filepath.Join(scratch, dir)
 		if err := os.MkdirAll(path, 0o755); err != nil {
 			return err
@@ -75,6 +75,18 @@ func prepareScratch() (err error) {
 		}
 	}
 	return placeBinary(filepath.Join(scratch, "bin", "pgthaw"))
+}
+
+// stateHome is an XDG_STATE_HOME, where pgthaw remembers what it has seen of repositories: one for each test and user. A test that
+// puts an older repository in the place of a newer one, and does not mean to be told, takes another.
+func stateHome(t *testing.T, user string) string {
+	test, _, _ := strings.Cut(t.Name(), "/")
+	return "XDG_STATE_HOME=" + filepath.Join(scratch, "state", test+"."+user)
+}
+
+// unseen is the environment in which nobody has seen a repository, nor the one that it is a copy of.
+func unseen(repo string) []string {
+	return []string{"PGTHAW_REPO=" + repo, "XDG_STATE_HOME=" + repo + ".state"}
 }
 
 // placeBinary builds the pgthaw under test, or takes the one that PGTHAW_BINARY names: a release, for instance.

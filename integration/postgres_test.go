@@ -100,7 +100,7 @@ func executable(path string) bool {
 func becomePostgres(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: postgresUser(t), Pdeathsig: syscall.SIGQUIT}
-	cmd.Env = environment("HOME=" + filepath.Join(scratch, "home"))
+	cmd.Env = environment("HOME="+filepath.Join(scratch, "home"), stateHome(t, "postgres"))
 }
 
 func postgresUser(t *testing.T) *syscall.Credential {

@@ -89,7 +89,7 @@ func (a archived) measured(t *testing.T, args ...string) result {
 	cmd := exec.Command(binary, args...)
 	becomePostgres(t, cmd)
 	cmd.SysProcAttr.Pdeathsig = 0
-	cmd.Env, cmd.Dir = environment("PGTHAW_REPO="+a.repo, "HOME="+filepath.Join(scratch, "home")), "/"
+	cmd.Env, cmd.Dir = environment("PGTHAW_REPO="+a.repo, "HOME="+filepath.Join(scratch, "home"), stateHome(t, "postgres")), "/"
 	began := time.Now()
 	text, err := cmd.CombinedOutput()
 	if err != nil {

@@ -71,7 +71,7 @@ func typed(t *testing.T, c *cluster, home, script string, env ...string) (out st
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = pipeLimit
 	cmd.Dir = home
-	cmd.Env = environment(append(env, "HOME="+home, "XDG_CONFIG_HOME=", "PATH="+filepath.Join(scratch, "bin")+":"+c.bin+":"+os.Getenv("PATH"),
+	cmd.Env = environment(append(env, "HOME="+home, "XDG_CONFIG_HOME=", stateHome(t, "postgres"), "PATH="+filepath.Join(scratch, "bin")+":"+c.bin+":"+os.Getenv("PATH"),
 		"PGHOST="+c.dir, "PGPORT="+strconv.Itoa(c.port), "PGUSER=postgres", "PGDATABASE=postgres")...)
 	text, err := cmd.CombinedOutput()
 	if cmd.ProcessState == nil || err != nil && cmd.ProcessState.Success() {

@@ -16,6 +16,7 @@ type archive struct {
 	r         *repo.Repository
 	cluster   string
 	size      pg.SegmentSize
+	names     []pg.WALName // as listed
 	segments  map[segment]bool
 	partials  map[segment]bool
 	newest    map[pg.Timeline]uint64 // number of the newest segment or partial segment of a timeline
@@ -39,7 +40,7 @@ func openArchive(ctx context.Context, r *repo.Repository, cluster string) (*arch
 		return nil, err
 	}
 	a := &archive{
-		r: r, cluster: cluster, size: c.SegmentSize,
+		r: r, cluster: cluster, size: c.SegmentSize, names: names,
 		segments: make(map[segment]bool), partials: make(map[segment]bool),
 		newest: make(map[pg.Timeline]uint64), histories: make(map[pg.Timeline]bool),
 	}

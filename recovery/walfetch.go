@@ -62,7 +62,7 @@ func standIn(ctx context.Context, r *repo.Repository, cluster string, n pg.WALNa
 		return nil, err
 	}
 	if n.Kind != pg.WALSegment {
-		return nil, a.absent(n)
+		return nil, a.absent(ctx, n)
 	}
 	no, err := n.SegmentNo(a.size)
 	if err != nil {
@@ -76,13 +76,23 @@ func standIn(ctx context.Context, r *repo.Repository, cluster string, n pg.WALNa
 		return nil, fmt.Errorf("gap in the WAL: %s is missing, but the repository has %s",
 			n, a.segmentName(segment{s.timeline, newest}))
 	}
-	return nil, a.absent(n)
+	return nil, a.absent(ctx, n)
 }
 
-// absent is ErrNoWAL, unless the listing has the file that could not be read.
-func (a *archive) absent(n pg.WALName) error {
+// absent is ErrNoWAL, unless the listing has the file that could not be read, or this host has seen what recovery would come
+// to after it and the listing lacks: a segment of the timeline at n or behind it; of a history, a segment of that timeline or a later one.
+func (a *archive) absent(ctx context.Context, n pg.WALName) error {
 	if n.Kind == pg.WALHistory && a.histories[n.Timeline] {
 		return fmt.Errorf("%s is listed in the repository but cannot be read", n)
+	}
+	unlisted, err := a.r.UnlistedWAL(ctx, a.cluster, a.names)
+	if err != nil {
+		return err
+	}
+	for seen, why := range unlisted {
+		if n.Kind == pg.WALHistory && seen.Timeline >= n.Timeline || seen.Timeline == n.Timeline && seen.String() >= n.String() {
+			return fmt.Errorf("%s is not in the repository: %w", n, why)
+		}
 	}
 	return fmt.Errorf("%s of %s: %w", n, a.cluster, repo.ErrNoWAL)
 }

@@ -7,6 +7,7 @@
 //	Backup, File  a backup open for reading: a tree of Entries, files as io.ReaderAt; OpenBackup
 //	BackupWriter  the writing side, inside WriteBackup, which publishes all or nothing
 //	WALHead       a WAL file without its bytes; PutWAL, WAL, WALNames
+//	Memory        what a host has seen of repositories; Losses, UnlistedWAL, Accept
 //	Key, KeySlot  what opens an encrypted repository, and what makes it open; Options.Keys, KeySlots
 //
 // What always holds:
@@ -26,6 +27,6 @@
 //
 // Locks, in the order in which they may be taken: fileJob.mu, packer.mu, packWriters.mu; directory.mu, chunkIndex.mu,
 // liveBytes.mu and cache.mu are leaves. fileJob.mu is held while a chunk of loose pages, or the listing that the file
-// completes, is compressed, packer.mu while a full pack waits for an upload to begin: that is what bounds memory. No other
-// lock is held over I/O.
+// completes, is compressed, packer.mu while a full pack waits for an upload to begin: that is what bounds memory. witness.mu
+// is a leaf, held while the host's memory is changed: a file of some 200 bytes. No other lock is held over I/O.
 package repo

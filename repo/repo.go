@@ -21,6 +21,8 @@ type Options struct {
 	CacheBytes int64        // decoded chunks kept; 0: 64 MiB
 	Keys       []Key        // of which one opens an encrypted repository; any is refused by one that is not encrypted
 
+	Memory Memory // of this host; nil: that the repository is rolled back, or replaced, goes unnoticed
+
 	// FindKeys is asked where Keys is empty: by Open if the repository is encrypted, by Init before anything is put. May be nil.
 	FindKeys func(Place) ([]Key, error)
 }
@@ -47,6 +49,9 @@ type Repository struct {
 	digests *digester
 	seals   seals
 	codec   *codec
+
+	witness  *witness       // the store, as far as this host remembers it; nil: it does not
+	replaced *RollbackError // this host has seen another repository at the URL
 
 	read   atomic.Int64       // bytes fetched from the store
 	chunks *cache[ID, []byte] // content of chunks and of blocks of WAL: by what it is, never by where it lay
@@ -97,6 +102,7 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 	r.chunks = newCache[ID, []byte](o.CacheBytes)
 	r.trees = newCache[ID, *Listing](treeCacheBytes)
 	r.heads = newCache[string, *walHead](treeCacheBytes)
+	r.remember(o.Memory)
 	return r, r.readConfig(ctx, o)
 }
 
@@ -114,11 +120,13 @@ func (r *Repository) readConfig(ctx context.Context, o Options) error {
 	if err := decodeHex(r.seals.id[:], []byte(r.config.ID)); err != nil {
 		return corrupt(configKey, "id: %v", err)
 	}
+	r.recognise()
 	key, err := r.digestKey(ctx, o)
-	if err == nil {
-		r.digests = newDigester(key)
+	if err != nil {
+		return errors.Join(r.Replaced(), err)
 	}
-	return err
+	r.digests = newDigester(key)
+	return nil
 }
 
 // digestKey returns the repository's digest key. Where the repository is encrypted it finds the master key for that.
@@ -146,7 +154,7 @@ func (r *Repository) URL() string { return r.url }
 // Place is where keys of the repository would be looked for.
 func (r *Repository) Place() (p Place, err error) {
 	p = Place{URL: r.url, ID: r.config.ID}
-	p.UID, err = store.Owner(r.store)
+	p.UID, err = store.Owner(r.medium())
 	return p, err
 }
 

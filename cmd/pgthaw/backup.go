@@ -46,6 +46,9 @@ func backup(c *cli.Context) error {
 		return err
 	}
 	defer r.Close()
+	if err := asSeen(c.Context, r, args[0]); err != nil {
+		return err
+	}
 	began := time.Now()
 	p := newProgress(c)
 	m, err := ingest.Backup(c.Context, r, ingest.BackupOptions{

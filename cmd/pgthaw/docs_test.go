@@ -149,7 +149,7 @@ func TestJSONFieldsAreOnThePage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, v := range []any{listed{}, recovery.Window{}, recovery.Point{}, checkJSON{}, findingJSON{}, affectedJSON{}, lostJSON{},
-		infoJSON{}, packsJSON{}, clusterInfoJSON{}, backupInfoJSON{}, walListing{}, walRun{}, keyJSON{}, madeJSON{},
+		infoJSON{}, packsJSON{}, clusterInfoJSON{}, backupInfoJSON{}, acceptJSON{}, walListing{}, walRun{}, keyJSON{}, madeJSON{},
 		recovery.Result{}, recovery.RecoveryEnd{}, recovery.OverlayStatus{}} {
 		typ := reflect.TypeOf(v)
 		for i := range typ.NumField() {

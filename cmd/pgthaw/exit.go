@@ -21,6 +21,7 @@ const (
 	exitFailed      = 1
 	exitUsage       = 2
 	exitKey         = 12
+	exitDamaged     = 16
 	exitMount       = 19
 	exitInterrupted = 130
 
@@ -51,7 +52,7 @@ var exits = []exit{
 	{14, "no such backup or cluster", anyOf(repo.ErrNoBackup, repo.ErrNoCluster), `"pgthaw list" shows what there is.`},
 	{15, "recovery target out of reach: before the backup, after the WAL, in a gap, on another timeline",
 		anyOf(recovery.ErrTargetUnreachable, repo.ErrNoWAL), `"pgthaw list" shows the recoverable window of each backup, "pgthaw wal list" the gaps.`},
-	{16, "repository damaged", anyOf(repo.ErrCorrupt), "What is damaged is named above; other backups may not use it. Nothing wrong was written."},
+	{exitDamaged, "repository damaged, or older than this host has seen it", anyOf(repo.ErrCorrupt, repo.ErrRolledBack), "What is damaged is named above; other backups may not use it. Nothing wrong was written."},
 	{17, "directory not usable: not empty, another cluster's, in use by a server, or not a thawed one",
 		anyOf(recovery.ErrTargetDir, recovery.ErrServerRunning, recovery.ErrNoOverlay, errFilled), ""},
 	{18, "PostgreSQL refused, broke off or did not start: connection, version, settings", anyOf(ingest.ErrRefused, recovery.ErrServer), ""},
@@ -163,6 +164,7 @@ var hints = []struct {
 	is   error
 	hint string
 }{
+	{repo.ErrRolledBack, "If that is so on purpose, \"pgthaw repo accept\" takes what is there for the newest. Otherwise the storage serves an old state, or another: use it only once you know why."},
 	{repo.ErrPlain, "Make another one: \"pgthaw repo init URL\"."},
 	{repo.ErrNoKeySlot, "\"pgthaw repo key list\" shows the ids."},
 	{repo.ErrLastKey, "Add another one first, with \"pgthaw repo key add\"."},
@@ -207,6 +209,7 @@ var commandExits = map[string][]int{
 	"repo init":       {12, 20, 21, 22},
 	"repo info":       {10, 12, 13, 16, 20},
 	"repo check":      {10, 12, 13, 16, 20},
+	"repo accept":     {10, 12, 13, 16, 20},
 	"repo key list":   {10, 12, 13, 16, 20},
 	"repo key add":    {10, 12, 13, 16, 20},
 	"repo key remove": {10, 12, 13, 16, 20},

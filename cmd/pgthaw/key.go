@@ -92,12 +92,12 @@ func keyArgs(c *cli.Context) (args []string, err error) {
 	return args, err
 }
 
-// openRepository opens the repository that --repo names. If there is no key to be found, but a passphrase would do, a person is
+// openToLook opens the repository that --repo names, whatever this host has seen of it. If there is no key to be found, but a passphrase would do, a person is
 // asked, who is at the terminal whatever stdin and stderr are.
-func openRepository(c *cli.Context) (*repo.Repository, error) { return openNamed(c, askPassphrase) }
+func openToLook(c *cli.Context) (*repo.Repository, error) { return openNamed(c, askPassphrase) }
 
-// openUnattended is for what runs without a person, or has other programs open the repository, too: nobody is asked.
-func openUnattended(c *cli.Context) (*repo.Repository, error) { return openNamed(c, nil) }
+// lookUnattended asks nobody.
+func lookUnattended(c *cli.Context) (*repo.Repository, error) { return openNamed(c, nil) }
 
 func openNamed(c *cli.Context, ask askFunc) (*repo.Repository, error) {
 	if c.String("repo") == "" {
@@ -121,7 +121,9 @@ func openAt(ctx context.Context, c *cli.Context, url string, s *keySearch) (*rep
 	if err != nil {
 		return nil, err
 	}
-	r, err := repo.Open(ctx, url, repo.Options{Log: logger(c), Keys: keys, FindKeys: s.find})
+	o := openOptions(c)
+	o.Keys, o.FindKeys = keys, s.find
+	r, err := repo.Open(ctx, url, o)
 	switch {
 	case err == nil && len(keys) == 0:
 		if err = refuseDowngrade(r); err != nil {

@@ -56,16 +56,17 @@ func list(c *cli.Context) error {
 	if c.NArg() > 1 {
 		return usage("unexpected argument %q", c.Args().Get(1))
 	}
-	r, err := openRepository(c)
+	r, err := openToLook(c)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
+	unseen := asSeen(c.Context, r, c.Args().Slice()...)
 	clusters, err := chosenClusters(c.Context, r, c.Args().First())
 	if len(clusters) == 0 && err != nil {
-		return err
+		return errors.Join(unseen, err)
 	}
-	damaged := []error{err}
+	damaged := []error{unseen, err}
 	all := []listed{}
 	for _, cluster := range clusters {
 		backups, err := listCluster(c.Context, r, cluster.Name)

@@ -67,10 +67,12 @@ func noCoreDump() {
 
 // printError writes an error as PostgreSQL's programs do, each line of a joined error on its own, and the hint if there is
 // one. That something was canceled says nothing beside the reason.
-func printError(w io.Writer, err error) {
+func printError(w io.Writer, err error) { printProblem(w, "error", err) }
+
+func printProblem(w io.Writer, severity string, err error) {
 	for i, line := range strings.Split(strings.TrimRight(err.Error(), "\n"), "\n") {
 		if i == 0 || line != context.Canceled.Error() {
-			fmt.Fprintf(w, "pgthaw: error: %s\n", line)
+			fmt.Fprintf(w, "pgthaw: %s: %s\n", severity, line)
 		}
 	}
 	if hint := hintFor(err); hint != "" {

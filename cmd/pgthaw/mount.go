@@ -46,9 +46,9 @@ func mount(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	open := openUnattended // the daemon opens it once more
+	open := lookUnattended // the daemon opens it once more
 	if c.Bool("foreground") {
-		open = openRepository
+		open = openToLook
 	}
 	r, err := open(c)
 	if err != nil {
@@ -58,6 +58,7 @@ func mount(c *cli.Context) error {
 	if err := refuseFilled(dir); err != nil {
 		return err
 	}
+	warnUnlessAsSeen(c, r)
 	if !c.Bool("foreground") {
 		return spawnMount(c, r.URL(), dir)
 	}

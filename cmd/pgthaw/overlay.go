@@ -102,7 +102,7 @@ func overlayServe(c *cli.Context) error {
 		return err
 	}
 	open := func(ctx context.Context, url string, k recovery.KeyFiles) (*repo.Repository, error) {
-		return openRecorded(ctx, c, url, k)
+		return notReplaced(openRecorded(ctx, c, url, k))
 	}
 	return announced(c, func(ready func() error) error {
 		return mountFailed(recovery.Serve(c.Context, args[0], open, ready, logger(c)))

@@ -13,7 +13,7 @@ import (
 func repoCommand() *cli.Command {
 	return &cli.Command{
 		Name: "repo", Usage: "make, check and measure repositories, manage their keys",
-		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoKeyCommand()},
+		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoAcceptCommand(), repoKeyCommand()},
 	}
 }
 
@@ -40,7 +40,8 @@ func repoInit(c *cli.Context) error {
 		url = args[0]
 	}
 	m := keyMaker{c: c}
-	o := repo.Options{Log: logger(c), FindKeys: m.keys}
+	o := openOptions(c)
+	o.FindKeys = m.keys
 	if c.Bool("no-encryption") {
 		if c.String(keyFileFlag) != "" || c.String(passphraseFlag) != "" {
 			return errContradiction
@@ -56,7 +57,8 @@ func repoInit(c *cli.Context) error {
 			return errors.Join(err, r.Close())
 		}
 	}
-	return errors.Join(m.print(r), r.Close())
+	_, err = r.Accept(c.Context) // whatever this host has seen there before
+	return errors.Join(err, m.print(r), r.Close())
 }
 
 var errContradiction = &failure{err: errors.New("--no-encryption and a key contradict each other"), code: exitUsage,

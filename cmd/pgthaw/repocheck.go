@@ -97,7 +97,7 @@ func repoCheck(c *cli.Context) error {
 	if _, err := arguments(c); err != nil {
 		return err
 	}
-	r, err := openRepository(c)
+	r, err := openToLook(c)
 	if err != nil {
 		return err
 	}
@@ -108,6 +108,17 @@ func repoCheck(c *cli.Context) error {
 		o.ReadData, o.Sample = true, repo.SampleOf(percent, time.Now())
 	}
 	out := checkJSON{Findings: []findingJSON{}, Notes: []findingJSON{}}
+	lost, err := r.Losses(c.Context)
+	if err != nil {
+		return err
+	}
+	for _, l := range lost {
+		cost := "What was stored until then, and after what is there now, is missing."
+		if l.Cluster == "" {
+			cost = "What is there is not what this host has stored."
+		}
+		out.add(repo.Finding{Object: l.Object, Cluster: l.Cluster, Err: l, Cost: cost})
+	}
 	done, err := r.Check(c.Context, o, out.add)
 	p.done()
 	out.sort()

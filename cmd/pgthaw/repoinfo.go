@@ -37,6 +37,7 @@ type infoJSON struct {
 	Reclaimable *packsJSON        `json:"reclaimable"`
 	Unfinished  packsJSON         `json:"unfinished"`
 	Clusters    []clusterInfoJSON `json:"clusters"`
+	Older       []string          `json:"older_than_seen,omitempty"`
 }
 
 // packsJSON is a number of packs.
@@ -73,7 +74,7 @@ func repoInfo(c *cli.Context) error {
 	if _, err := arguments(c); err != nil {
 		return err
 	}
-	r, err := openRepository(c)
+	r, err := openToLook(c)
 	if err != nil {
 		return err
 	}
@@ -82,7 +83,10 @@ func repoInfo(c *cli.Context) error {
 	if c.Context.Err() != nil {
 		return err
 	}
+	unseen := asSeen(c.Context, r)
+	err = errors.Join(unseen, err)
 	out := newInfoJSON(info)
+	out.Older = olderThanSeen(unseen)
 	if c.Bool("json") {
 		return errors.Join(err, printJSON(c.App.Writer, out))
 	}

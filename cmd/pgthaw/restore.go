@@ -43,6 +43,9 @@ func recoverBackup(c *cli.Context, p *progress, do func(context.Context, *repo.R
 		return err
 	}
 	defer r.Close()
+	if err := asSeen(c.Context, r, o.Cluster); err != nil {
+		return err
+	}
 	o.Progress = func(g recovery.Progress) { p.update(g.Phase, g.Done, g.Total) }
 	result, err := do(c.Context, r, o)
 	p.done()

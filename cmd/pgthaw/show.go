@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -25,6 +26,7 @@ func showCommand() *cli.Command {
 type shown struct {
 	*repo.Manifest
 	Window *recovery.Window `json:"recoverable"`
+	Older  []string         `json:"older_than_seen,omitempty"`
 }
 
 func show(c *cli.Context) error {
@@ -32,23 +34,24 @@ func show(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := openRepository(c)
+	r, err := openToLook(c)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
+	unseen := asSeen(c.Context, r, args[0])
 	m, err := r.Manifest(c.Context, args[0], args[1])
 	if err != nil {
-		return err
+		return errors.Join(unseen, err)
 	}
 	w, err := recovery.Windows(c.Context, r, m.Cluster, []*repo.Manifest{m})
 	if err != nil {
 		return err
 	}
 	if c.Bool("json") {
-		return printJSON(c.App.Writer, shown{m, w[0]})
+		return errors.Join(unseen, printJSON(c.App.Writer, shown{m, w[0], olderThanSeen(unseen)}))
 	}
-	return printShown(c.App.Writer, m, w[0])
+	return errors.Join(unseen, printShown(c.App.Writer, m, w[0]))
 }
 
 func printShown(w io.Writer, m *repo.Manifest, win *recovery.Window) error {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -36,6 +37,7 @@ type walListing struct {
 	Cluster string   `json:"cluster"`
 	Runs    []walRun `json:"runs"`
 	Others  []string `json:"others"` // histories, partial segments, backup histories
+	Older   []string `json:"older_than_seen,omitempty"`
 }
 
 func walList(c *cli.Context) error {
@@ -43,19 +45,21 @@ func walList(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := openRepository(c)
+	r, err := openToLook(c)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
+	unseen := asSeen(c.Context, r, args[0])
 	l, err := listWAL(c.Context, r, args[0])
 	if err != nil {
-		return err
+		return errors.Join(unseen, err)
 	}
+	l.Older = olderThanSeen(unseen)
 	if c.Bool("json") {
-		return printJSON(c.App.Writer, l)
+		return errors.Join(unseen, printJSON(c.App.Writer, l))
 	}
-	return l.print(c.App.Writer)
+	return errors.Join(unseen, l.print(c.App.Writer))
 }
 
 func listWAL(ctx context.Context, r *repo.Repository, name string) (walListing, error) {

@@ -30,6 +30,7 @@ func walStream(c *cli.Context) error {
 		return err
 	}
 	defer r.Close()
+	warnUnlessAsSeen(c, r, args[0])
 	return ingest.StreamWAL(c.Context, r, ingest.StreamOptions{
 		Cluster: args[0], ConnString: c.String("pg-connection"), Slot: c.String("slot"), CreateSlot: c.Bool("create-slot"), Log: logger(c),
 	})

@@ -3,6 +3,7 @@ package integration
 import (
 	"io/fs"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -102,15 +103,16 @@ func (a archived) checkUnchanged(t *testing.T, before map[string]int64) {
 	}
 }
 
-// TestBackupDiskFull fills the repository's file system.
-func TestBackupDiskFull(t *testing.T) {
+// TestBackupDisk fills the repository's file system, makes it read-only and unmounts it under a backup.
+func TestBackupDisk(t *testing.T) {
 	c := newCluster(t, postgresql(t, 15), clusterOptions{conf: []string{"fsync = off"}})
 	dir := tempDir(t)
+	ownedByPostgres(t, dir) // what is below the mount could be written to
 	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=48m,mode=755"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, 0); err != nil {
+		if err := syscall.Unmount(dir, 0); err != nil && err != syscall.EINVAL {
 			t.Error(err)
 		}
 	})
@@ -120,11 +122,40 @@ func TestBackupDiskFull(t *testing.T) {
 	a.backup(t)
 	before := objects(t, a.repo)
 	a.SQL("CREATE TABLE noise AS SELECT md5(i::text) || md5((i * 7)::text) AS x FROM generate_series(1, 1500000) i")
-	r := a.pgthaw(t, "backup", "main", "--pg-connection", a.dsn("postgres"))
-	if r.exits(t, 1); !strings.Contains(r.stderr, "no space left on device") {
-		t.Errorf("it does not say that the disk is full:\n%s", r.stderr)
-	}
-	t.Logf("exit code %d: %s", r.code, r.stderr)
+	a.backupFails(t, "no space left on device")
 	a.SQL("DROP TABLE noise; CHECKPOINT")
 	a.checkUnchanged(t, before)
+
+	before = objects(t, a.repo)
+	remount := func(flags uintptr) {
+		if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|flags, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remount(syscall.MS_RDONLY)
+	a.backupFails(t, "read-only file system")
+	remount(0)
+	a.checkUnchanged(t, before)
+
+	b := a.startBackup(t)
+	if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	if b.failed(t, 0, 20); strings.Contains(b.text(), "nothing of it is left") {
+		t.Errorf("of a repository that is gone it says\n%s", b.text())
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("where the repository was there is now %v, %v", left, err)
+	}
+	a.pgthaw(t, "list").exits(t, 10)
+}
+
+// backupFails fails the test unless a backup fails with exit code 1 and names the errno.
+func (a archived) backupFails(t *testing.T, errno string) {
+	t.Helper()
+	r := a.pgthaw(t, "backup", "main", "--pg-connection", a.dsn("postgres"))
+	if r.exits(t, 1); !strings.Contains(r.stderr, errno) {
+		t.Errorf("it does not say %q:\n%s", errno, r.stderr)
+	}
+	t.Logf("exit code %d: %s", r.code, r.stderr)
 }

@@ -3,6 +3,8 @@ package repo
 import (
 	"errors"
 	"fmt"
+
+	"pgthaw/repo/store"
 )
 
 // What a caller acts on. Anything else that comes out of this room is the store's own error.
@@ -26,6 +28,9 @@ var (
 	ErrPerhapsMade      = errors.New("the repository may be there nevertheless")
 	ErrNotEncrypted     = errors.New("there is a key for it, but the repository says that it is not encrypted")
 )
+
+// ErrOutOfReach: the repository was there, and is not any more. Nothing can be said to be absent from it.
+var ErrOutOfReach = store.ErrOutOfReach
 
 // ErrDeleted is an ErrNoBackup.
 var ErrDeleted = fmt.Errorf("%w any more: it was deleted", ErrNoBackup)

@@ -283,6 +283,19 @@ func (r *Repository) BindCluster(ctx context.Context, name string, systemID uint
 	return c, nil
 }
 
+// ensureCluster makes sure that what a name is bound to survives a power cut: it can be read before.
+func (r *Repository) ensureCluster(ctx context.Context, name string) error {
+	c, err := r.Cluster(ctx, name)
+	if err != nil {
+		return err
+	}
+	err = r.createCluster(ctx, name, c.SystemIdentifier, c.SegmentSize)
+	if err != nil && !errors.Is(err, store.ErrExist) {
+		return fmt.Errorf("bind cluster %s: %w", name, err)
+	}
+	return nil
+}
+
 func (r *Repository) createCluster(ctx context.Context, name string, systemID uint64, size pg.SegmentSize) error {
 	body, err := marshalDocument(clusterDocument{
 		document: document{clusterKind, formatVersion}, Name: name, SystemIdentifier: systemID, SegmentSize: size,

@@ -29,7 +29,7 @@ type BackupOptions struct {
 // backup when fn returns nil: packs first, the manifest last. When fn fails, or ctx ends, nothing becomes visible and
 // what was written is deleted again. ErrGivenUp: the backup may exist, but cannot be relied on.
 func (r *Repository) WriteBackup(ctx context.Context, cluster string, o BackupOptions, fn func(context.Context, *BackupWriter) (Manifest, error)) (*Manifest, error) {
-	if _, err := r.Cluster(ctx, cluster); err != nil {
+	if err := r.ensureCluster(ctx, cluster); err != nil {
 		return nil, err
 	}
 	session, err := r.begin(ctx, o.session(cluster))

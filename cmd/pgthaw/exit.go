@@ -89,7 +89,7 @@ func isOutOfReach(err error) bool {
 	var op *net.OpError
 	var dns *net.DNSError
 	return errors.As(err, &op) || errors.As(err, &dns) ||
-		anyOf(syscall.ESTALE, syscall.ENOTCONN, syscall.EHOSTDOWN, syscall.ETIMEDOUT)(err)
+		anyOf(repo.ErrOutOfReach, syscall.ESTALE, syscall.ENOTCONN, syscall.EHOSTDOWN, syscall.ETIMEDOUT)(err)
 }
 
 // failure is an error whose code or hint was decided where it arose: wrong usage, a mount, an answer from a daemon.

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -15,10 +16,11 @@ import (
 )
 
 // What a caller acts on. Any other error of a store means that the medium could not be asked, or refused: nothing is
-// known then about the object.
+// known then about the object. ErrOutOfReach is one of them: the store was there, and is not any more.
 var (
-	ErrExist    = fmt.Errorf("object exists: %w", fs.ErrExist)
-	ErrNotExist = fmt.Errorf("no such object: %w", fs.ErrNotExist)
+	ErrExist      = fmt.Errorf("object exists: %w", fs.ErrExist)
+	ErrNotExist   = fmt.Errorf("no such object: %w", fs.ErrNotExist)
+	ErrOutOfReach = errors.New("store out of reach")
 )
 
 // Object is one entry of a listing.
@@ -39,7 +41,8 @@ type Object struct {
 //   - Put creates and never replaces: of any number of writers of one key exactly one succeeds, the others get ErrExist.
 //   - Put is durable: when it returns nil the object survives a power cut. So it does when Put returns ErrExist, with
 //     whichever bytes were first.
-//   - What was put is read and listed by everybody from then on.
+//   - What was put is read and listed by everybody from then on. It can be read before Put has returned, and then is not
+//     yet durable: whoever builds on what another process put, puts it again.
 type Store interface {
 	// Put creates the object key. It gives ErrExist if there is one already, whatever its bytes.
 	//

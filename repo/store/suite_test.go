@@ -388,38 +388,115 @@ func TestFileCrashLeftovers(t *testing.T) {
 	}
 }
 
+// openRoot opens a new directory with files in it, each of which holds its own name.
+func openRoot(t *testing.T, files ...string) *os.Root {
+	t.Helper()
+	root, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { root.Close() })
+	for _, name := range files {
+		if err := root.WriteFile(name, []byte(name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
 // TestFileLinked: a Put that died between link and unlink has made its object.
 func TestFileLinked(t *testing.T) {
-	dir := t.TempDir()
-	tmp, path := filepath.Join(dir, "tmp"), filepath.Join(dir, "object")
-	if err := errors.Join(os.WriteFile(tmp, nil, 0o600), os.Link(tmp, path)); err != nil {
+	root := openRoot(t, "tmp", "other")
+	if err := root.Link("tmp", "object"); err != nil {
 		t.Fatal(err)
 	}
-	if err := publish(tmp, path); err != nil {
+	if err := publish(root, "tmp", "object"); err != nil {
 		t.Errorf("publish after its own link: %v", err)
 	}
-	other := filepath.Join(dir, "other")
-	if err := os.WriteFile(other, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := publish(other, path); err != ErrExist {
+	if err := publish(root, "other", "object"); err != ErrExist {
 		t.Errorf("publish over another's: %v", err)
 	}
 }
 
 // TestFileRenameNew covers file systems without hard links, where publish falls back on it.
 func TestFileRenameNew(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "object")
+	root := openRoot(t, "0", "1")
+	if err := root.Mkdir("a", 0o700); err != nil {
+		t.Fatal(err)
+	}
 	for i, want := range []error{nil, ErrExist} {
-		tmp := filepath.Join(dir, fmt.Sprint(i))
-		if err := os.WriteFile(tmp, []byte(tmp), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := renameNew(tmp, path); err != want {
+		if err := renameNew(root, fmt.Sprint(i), "a/object"); err != want {
 			t.Errorf("renameNew %d: %v, want %v", i, err, want)
 		}
 	}
+}
+
+// TestFileVanishes takes the directory of a store away that was read from, leaving nothing, an empty directory, or one with
+// something else in it, as does an unmounted file system. Nothing is absent then, and nothing is made there.
+func TestFileVanishes(t *testing.T) {
+	for name, after := range map[string][]string{"absent": nil, "empty": {"."}, "other": {"tmp", "x"}} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "root")
+			s := newFile(t, dir)
+			put(t, s, "config", "1")
+			put(t, s, "a/b", "2")
+			get(t, s, "config")
+			if err := os.Rename(dir, dir+".away"); err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range after {
+				if err := os.MkdirAll(filepath.Join(dir, name), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before, _ := fs.Glob(os.DirFS(dir), "*")
+			for i := range 2 {
+				checkOutOfReach(t, s, fmt.Sprintf("c%d/d", i))
+			}
+			if got, _ := fs.Glob(os.DirFS(dir), "*"); !slices.Equal(got, before) {
+				t.Errorf("there is now %q", got)
+			}
+			if err := errors.Join(os.RemoveAll(dir), os.Rename(dir+".away", dir)); err != nil {
+				t.Fatal(err)
+			}
+			put(t, s, "c/d", "3") // and back again
+			if got := list(t, s, ""); !slices.Equal(got, []string{"a/b", "c/d", "config"}) {
+				t.Errorf("back again there is %q", got)
+			}
+			if _, err := s.Get(t.Context(), "absent", 0, -1); !errors.Is(err, ErrNotExist) {
+				t.Errorf("back again, Get of what is absent: %v", err)
+			}
+		})
+	}
+}
+
+func checkOutOfReach(t *testing.T, s *File, key string) {
+	t.Helper()
+	_, getErr := s.Get(t.Context(), key, 0, -1)
+	var listErr error
+	for _, err := range s.List(t.Context(), "") {
+		listErr = err
+	}
+	for what, err := range map[string]error{"Get": getErr, "List": listErr,
+		"Put": s.Put(t.Context(), key, nil), "Delete": s.Delete(t.Context(), key)} {
+		if !errors.Is(err, ErrOutOfReach) || errors.Is(err, ErrNotExist) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+// TestFileDirectoryRemoved: who cleans empty directories away keeps nobody from writing for longer than one Put.
+func TestFileDirectoryRemoved(t *testing.T) {
+	dir := t.TempDir()
+	s := newFile(t, dir)
+	put(t, s, "a/b", "1")
+	if err := errors.Join(s.Delete(t.Context(), "a/b"), os.Remove(filepath.Join(dir, "a")), os.Remove(filepath.Join(dir, "tmp"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Put(t.Context(), "a/b", nil); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the first Put: %v", err)
+	}
+	put(t, s, "a/b", "2")
 }
 
 func TestFileModes(t *testing.T) {

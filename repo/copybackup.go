@@ -99,10 +99,10 @@ func (b *backupCopier) listing(dir Entry, prior was) (tree []byte, list priorLis
 		return nil, list, inSource(b.ctx, err)
 	}
 	if !prior.ok || !prior.from.IsDir() || !prior.to.IsDir() {
-		return tree, priorListing{from: &storedListing{}, to: &storedListing{}}, nil
+		return tree, priorListing{from: &Listing{}, to: &Listing{}}, nil
 	}
-	if list.from, err = b.from.storedListing(b.ctx, prior.from); err == nil {
-		list.to, err = b.to.storedListing(b.ctx, prior.to)
+	if list.from, err = b.from.listing(b.ctx, prior.from); err == nil {
+		list.to, err = b.to.listing(b.ctx, prior.to)
 	}
 	return tree, list, err
 }
@@ -110,7 +110,7 @@ func (b *backupCopier) listing(dir Entry, prior was) (tree []byte, list priorLis
 // priorListing is what the prior backup has in a directory.
 type priorListing struct {
 	unchanged bool // what is there now, and the entries come from the destination
-	from, to  *storedListing
+	from, to  *Listing
 }
 
 func (l priorListing) was(e Entry) (w was) {
@@ -118,8 +118,8 @@ func (l priorListing) was(e Entry) (w was) {
 		return was{from: e, to: e, ok: true}
 	}
 	var there bool
-	w.from, w.ok = l.from.find(e.Name)
-	w.to, there = l.to.find(e.Name)
+	w.from, w.ok = l.from.Find(e.Name)
+	w.to, there = l.to.Find(e.Name)
 	w.ok = w.ok && there
 	return w
 }

@@ -101,6 +101,8 @@ func TestCommandLinePageRuns(t *testing.T) {
 		{line: "pgthaw repo info"},
 		{line: "pgthaw repo check"},
 		{line: "pgthaw repo accept"},
+		{line: "pgthaw repo copy DESTINATION [CLUSTER...]", before: "pgthaw repo init ~/copy", and: "--to-key-file ~/key",
+			with: map[string]string{"DESTINATION": "~/copy", "CLUSTER": "", "...]": ""}},
 		{line: "pgthaw repo key list"},
 		{line: "pgthaw repo key add", before: "echo many a word > ~/passphrase", and: "--new-passphrase-file ~/passphrase --label people"},
 		{line: "pgthaw repo key remove ID", with: map[string]string{"ID": `"$id"`},
@@ -130,6 +132,7 @@ func TestCommandLinePageRuns(t *testing.T) {
 func TestOperationsPageRuns(t *testing.T) {
 	const killDaemon = `; kill -9 $(pgthaw overlay status ~/data --json | grep '"pid"' | tr -dc 0-9)`
 	data := map[string]string{"DIR": "~/data"}
+	elsewhere := map[string]string{"URL": "~/elsewhere", "/etc/pgthaw/elsewhere.key": "~/elsewhere.key"}
 	start := "-l ~/log -o '-k /tmp -c listen_addresses= -p " + strconv.Itoa(freePort(t)) + "'"
 	runPage(t, "operations.md", []documented{
 		{line: "pgthaw repo init URL"},
@@ -147,6 +150,8 @@ func TestOperationsPageRuns(t *testing.T) {
 		{line: "pgthaw backup CLUSTER --full"},
 		{line: "pgthaw backup CLUSTER --full"},
 		{line: "pgthaw wal push", before: newSegment, and: "main $PGDATA/pg_wal/$segment"},
+		{line: "pgthaw repo init --key-file /etc/pgthaw/elsewhere.key URL", with: elsewhere},
+		{line: "pgthaw repo copy URL --to-key-file /etc/pgthaw/elsewhere.key", with: elsewhere},
 		{line: "pgthaw repo info"},
 	})
 }

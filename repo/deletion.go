@@ -20,6 +20,8 @@ type deletion struct {
 	Cluster   string    `json:"cluster"`
 	Reason    string    `json:"reason"`
 	DeletedAt time.Time `json:"deleted_at"` // by the clock of the host that did it
+	// Unmade says that there never was such a backup: its writer was given up. A copy may then be tried again.
+	Unmade bool `json:"unmade,omitempty"`
 }
 
 const (
@@ -31,16 +33,39 @@ func deletedKey(cluster, id string) string { return backupsPrefix(cluster) + id 
 
 // markDeleted deletes a backup, for those who look from now on. Marked already is as good.
 func (r *Repository) markDeleted(ctx context.Context, b BackupName, reason string) error {
-	body, err := marshalDocument(deletion{document: document{deletionKind, formatVersion}, ID: b.Backup, Cluster: b.Cluster,
-		Reason: reason, DeletedAt: time.Now().UTC().Truncate(time.Second)})
+	return r.putDeletion(ctx, deletion{ID: b.Backup, Cluster: b.Cluster, Reason: reason})
+}
+
+// markUnmade keeps a backup that was not published from ever being listed.
+func (r *Repository) markUnmade(ctx context.Context, b BackupName, reason string) error {
+	return r.putDeletion(ctx, deletion{ID: b.Backup, Cluster: b.Cluster, Reason: reason, Unmade: true})
+}
+
+func (r *Repository) putDeletion(ctx context.Context, d deletion) error {
+	d.document = document{deletionKind, formatVersion}
+	d.DeletedAt = time.Now().UTC().Truncate(time.Second)
+	body, err := marshalDocument(d)
 	if err != nil {
 		return err
 	}
-	key := deletedKey(b.Cluster, b.Backup)
+	key := deletedKey(d.Cluster, d.ID)
 	if err := r.store.Put(ctx, key, r.sealDocument(key, body)); err != nil && !errors.Is(err, store.ErrExist) {
-		return fmt.Errorf("delete backup %s: %w", b, err)
+		return fmt.Errorf("delete backup %s %s: %w", d.Cluster, d.ID, err)
 	}
 	return nil
+}
+
+// deletion reads the mark of a backup that has one.
+func (r *Repository) deletion(ctx context.Context, b BackupName) (d deletion, err error) {
+	key := deletedKey(b.Cluster, b.Backup)
+	text, err := r.get(ctx, key, 0, -1)
+	if err == nil {
+		text, err = r.openDocument(key, text)
+	}
+	if err == nil {
+		err = unmarshalDocument(key, text, deletionKind, &d)
+	}
+	return d, err
 }
 
 // storedBackup is what there is of one backup.
@@ -77,10 +102,8 @@ func (r *Repository) storedBackups(ctx context.Context, prefix string) ([]*store
 // splitBackupKey takes apart backups/<cluster>/<id><suffix>.
 func splitBackupKey(key string) (name BackupName, suffix string, ok bool) {
 	cluster, rest, _ := strings.Cut(strings.TrimPrefix(key, backupsRoot), "/")
-	if len(rest) < backupIDLength || !backupID.MatchString(rest[:backupIDLength]) {
-		return name, "", false
-	}
-	return BackupName{cluster, rest[:backupIDLength]}, rest[backupIDLength:], true
+	id := beginsWithID.FindString(rest)
+	return BackupName{cluster, id}, rest[len(id):], id != ""
 }
 
 func (b *storedBackup) add(suffix string, o store.Object) {

@@ -25,6 +25,7 @@ var (
 	ErrNoKeySlot        = errors.New("no such key in the repository")
 	ErrLastKey          = errors.New("the last key of the repository cannot be removed: nobody could open it any more")
 	ErrRolledBack       = errors.New("the repository is older than this host has seen it")
+	ErrSameRepository   = errors.New("both are one repository, or one is a clone of the other")
 	ErrPerhapsMade      = errors.New("the repository may be there nevertheless")
 	ErrNotEncrypted     = errors.New("there is a key for it, but the repository says that it is not encrypted")
 )

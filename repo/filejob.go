@@ -244,28 +244,33 @@ func (j *fileJob) flushLoose() error {
 
 // finish makes the file's map and enters the file into its directory. Caller holds mu.
 func (j *fileJob) finish() error {
-	if err := j.flushLoose(); err != nil {
-		return err
+	err := j.flushLoose()
+	if err == nil {
+		j.entry.content, err = j.w.mapContent(j.entry.Size, j.runs, j.prior.mapRef())
 	}
-	m := j.fileMap()
-	j.w.live.add(m.chunks...)
-	encoded := m.appendTo(nil)
-	if len(encoded) <= maxInlineMap {
-		j.entry.content = content{kind: contentInlineMap, bytes: encoded}
-		return j.parent.finish(j.entry)
-	}
-	ref, err := j.w.writePiece(pieceMap, encoded, j.prior.mapRef())
 	if err != nil {
 		return err
 	}
-	j.entry.content = content{kind: contentMap, ref: ref}
 	return j.parent.finish(j.entry)
 }
 
-func (j *fileJob) fileMap() *fileMap {
-	m := &fileMap{size: j.entry.Size}
+// mapContent makes the map of a file whose chunks have their places, and stores it, unless it is the prior one, or fits
+// into the tree.
+func (w *BackupWriter) mapContent(size int64, runs []run, prior Ref) (content, error) {
+	m := newFileMap(size, runs)
+	w.live.add(m.chunks...)
+	encoded := m.appendTo(nil)
+	if len(encoded) <= maxInlineMap {
+		return content{kind: contentInlineMap, bytes: encoded}, nil
+	}
+	ref, err := w.writePiece(pieceMap, encoded, prior)
+	return content{kind: contentMap, ref: ref}, err
+}
+
+func newFileMap(size int64, runs []run) *fileMap {
+	m := &fileMap{size: size}
 	index := map[Ref]int32{}
-	for _, r := range j.runs {
+	for _, r := range runs {
 		e := extent{chunk: zeros, page: r.page, n: r.n}
 		if r.ref != nil {
 			i, ok := index[*r.ref]

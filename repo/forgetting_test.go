@@ -201,8 +201,8 @@ func cutPrefix(p, prefix string) (key string, ok bool) {
 	return p[len(prefix):], true
 }
 
-// inMemory is a store with these objects.
-func inMemory(objects map[string][]byte) (*store.Mem, error) {
+// storeOf is a store with these objects.
+func storeOf(objects map[string][]byte) (*store.Mem, error) {
 	m := store.NewMem()
 	for key, b := range objects {
 		if err := m.Put(noContext, key, b); err != nil {

@@ -2,10 +2,12 @@ package repo
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 	"time"
 
 	"pgthaw/repo/pg"
@@ -84,14 +86,27 @@ func manifestKey(cluster, id string) string {
 }
 func packListKey(cluster, id string) string { return backupsPrefix(cluster) + id + packListSuffix }
 
-var backupID = regexp.MustCompile(`^[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9a-f]{4}$`)
+var (
+	backupID     = regexp.MustCompile(`^[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9a-f]{4}(-[0-9a-f]{8})?$`)
+	beginsWithID = regexp.MustCompile(strings.TrimSuffix(backupID.String(), "$"))
+)
 
-const backupIDLength = len("20060102T150405.000Z-0000")
+const originalIDLength = len("20060102T150405.000Z-0000")
 
 // newBackupID makes the name of a backup that starts now; names sort by time.
 func newBackupID(now time.Time, salt [2]byte) string {
 	return fmt.Sprintf("%s-%x", now.UTC().Format("20060102T150405.000Z"), salt)
 }
+
+// newCopyID makes the name of a copy of a backup, or of a copy of one. Each attempt has its own, as each backup has.
+func newCopyID(of string) string {
+	var salt [4]byte
+	rand.Read(salt[:])
+	return fmt.Sprintf("%s-%x", OriginalID(of), salt)
+}
+
+// OriginalID is the id that a backup had where it was made; its own unless it is a copy.
+func OriginalID(id string) string { return id[:originalIDLength] }
 
 // Backups lists a cluster's backups, oldest first. Where a manifest cannot be read, the good ones come with an error.
 func (r *Repository) Backups(ctx context.Context, cluster string) ([]*Manifest, error) {
@@ -153,7 +168,7 @@ func (r *Repository) resolveBackup(ctx context.Context, cluster, id string) (str
 		return "", err
 	}
 	if backupID.MatchString(id) {
-		return id, r.undeleted(ctx, BackupName{cluster, id})
+		return r.resolveCopy(ctx, BackupName{cluster, id})
 	}
 	if id != Latest {
 		return "", fmt.Errorf("%s %s: %w", cluster, id, ErrNoBackup)
@@ -166,6 +181,23 @@ func (r *Repository) resolveBackup(ctx context.Context, cluster, id string) (str
 		return "", fmt.Errorf("%s has none yet: %w", cluster, ErrNoBackup)
 	}
 	return ids[len(ids)-1], nil
+}
+
+// resolveCopy returns the id that the backup of an original's id has here. Deleted is only who is named exactly.
+func (r *Repository) resolveCopy(ctx context.Context, b BackupName) (string, error) {
+	if err := r.undeleted(ctx, b); err != nil || len(b.Backup) > originalIDLength {
+		return b.Backup, err
+	}
+	if found, err := r.exists(ctx, manifestKey(b.Cluster, b.Backup)); found || err != nil {
+		return b.Backup, err
+	}
+	copies, err := r.storedBackups(ctx, backupsPrefix(b.Cluster)+b.Backup+"-")
+	for _, c := range copies {
+		if c.listed() {
+			return c.Backup, nil // all of them are the same
+		}
+	}
+	return b.Backup, err
 }
 
 // ManifestJSON returns a manifest's document, verified. id may be Latest.

@@ -283,7 +283,7 @@ func changedFiles(files testFiles) testFiles {
 
 func (k *recordedRun) check(n int, m image) {
 	k.t.Helper()
-	s, err := inMemory(m.below("repo"))
+	s, err := storeOf(m.below("repo"))
 	if err != nil {
 		k.t.Fatal(err)
 	}

@@ -161,7 +161,7 @@ func (p *pruner) settle(ctx context.Context, b BackupName, by *listedSession) (s
 	}
 	if !found {
 		reason := fmt.Sprintf("its writer, process %d on %s, showed no sign of life for a day", by.info.PID, by.info.Host)
-		return true, p.r.markDeleted(ctx, b, reason)
+		return true, p.r.markUnmade(ctx, b, reason)
 	}
 	for o, err := range p.r.store.List(ctx, manifestKey(b.Cluster, b.Backup)) {
 		return err == nil && p.now.Sub(o.Modified) >= p.o.Grace, err

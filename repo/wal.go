@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"sort"
 	"strings"
 
@@ -326,19 +327,34 @@ func (r *Repository) walBlock(key string, h *walHead, i int, sealed, dst []byte)
 // WALNames lists the WAL files of a cluster by timeline and name. It is one listing; no object is read.
 func (r *Repository) WALNames(ctx context.Context, cluster string) ([]pg.WALName, error) {
 	var names []pg.WALName
-	for o, err := range r.store.List(ctx, walPrefix(cluster)) {
+	for name, err := range r.walObjects(ctx, cluster) {
 		if err != nil {
-			return nil, fmt.Errorf("list WAL of %s: %w", cluster, err)
-		}
-		dir, base, _ := strings.Cut(strings.TrimPrefix(o.Key, walPrefix(cluster)), "/")
-		name, err := pg.ParseWALName(base)
-		if err != nil || name.Timeline.Hex() != dir {
-			return nil, corrupt(o.Key, "no WAL file has this name")
+			return nil, err
 		}
 		names = append(names, name)
 	}
 	sort.SliceStable(names, func(i, j int) bool { return names[i].Timeline < names[j].Timeline })
 	return names, nil
+}
+
+// walObjects lists the WAL objects of a cluster. Behind a *CorruptError, for a name that no WAL file has, it goes on.
+func (r *Repository) walObjects(ctx context.Context, cluster string) iter.Seq2[pg.WALName, error] {
+	return func(yield func(pg.WALName, error) bool) {
+		for o, err := range r.store.List(ctx, walPrefix(cluster)) {
+			if err != nil {
+				yield(pg.WALName{}, fmt.Errorf("list WAL of %s: %w", cluster, err))
+				return
+			}
+			dir, base, _ := strings.Cut(strings.TrimPrefix(o.Key, walPrefix(cluster)), "/")
+			name, err := pg.ParseWALName(base)
+			if err != nil || name.Timeline.Hex() != dir {
+				name, err = pg.WALName{}, corrupt(o.Key, "no WAL file has this name")
+			}
+			if !yield(name, err) {
+				return
+			}
+		}
+	}
 }
 
 // openWAL opens a WAL file for reading in parts; it reads the object's head, past the cache: one that was damaged may have been

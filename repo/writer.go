@@ -23,6 +23,7 @@ import (
 type BackupOptions struct {
 	Prior   *Backup // whose unchanged pages are used again; nil: none
 	Workers int     // that hash and compress; 0: one for each processor
+	CopyOf  string  // id of the backup in another repository; "": it is not a copy
 }
 
 // WriteBackup runs fn, which writes the backup's files and returns what it knows of the manifest, and publishes the
@@ -62,6 +63,9 @@ func (o BackupOptions) session(cluster string) SessionInfo {
 	var salt [2]byte
 	rand.Read(salt[:])
 	info := SessionInfo{Operation: "backup", Makes: []BackupName{{cluster, newBackupID(time.Now(), salt)}}}
+	if o.CopyOf != "" {
+		info.Operation, info.Makes[0].Backup = "copy", newCopyID(o.CopyOf)
+	}
 	if o.Prior != nil {
 		info.Uses = []BackupName{o.Prior.Manifest.Name()}
 	}

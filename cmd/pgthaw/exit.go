@@ -43,7 +43,7 @@ type exit struct {
 var exits = []exit{
 	{exitDone, "done", nil, ""},
 	{exitFailed, "failed, no code of its own", nil, ""},
-	{exitUsage, "wrong usage", anyOf(recovery.ErrUsage, repo.ErrPlain, repo.ErrNoKeySlot, repo.ErrLastKey), "Try --help after the command."},
+	{exitUsage, "wrong usage", anyOf(recovery.ErrUsage, repo.ErrPlain, repo.ErrNoKeySlot, repo.ErrLastKey, repo.ErrSameRepository), "Try --help after the command."},
 	{3, "done, but what stderr names was left out", nil, ""},
 	{10, "no repository there", anyOf(repo.ErrNoRepository), `Check the URL, or make a repository with "pgthaw repo init".`},
 	{11, "repository locked", nil, ""},
@@ -166,6 +166,7 @@ var hints = []struct {
 }{
 	{repo.ErrRolledBack, "If that is so on purpose, \"pgthaw repo accept\" takes what is there for the newest. Otherwise the storage serves an old state, or another: use it only once you know why."},
 	{repo.ErrPlain, "Make another one: \"pgthaw repo init URL\"."},
+	{repo.ErrSameRepository, "Make another one with \"pgthaw repo init\", and copy into that. A clone needs no pgthaw: copy the files."},
 	{repo.ErrNoKeySlot, "\"pgthaw repo key list\" shows the ids."},
 	{repo.ErrLastKey, "Add another one first, with \"pgthaw repo key add\"."},
 	{repo.ErrNoKey, "Put the key file there, or give --key-file FILE or --passphrase-file FILE, or set PGTHAW_KEY_FILE or PGTHAW_PASSPHRASE_FILE."},
@@ -210,6 +211,7 @@ var commandExits = map[string][]int{
 	"repo info":       {10, 12, 13, 16, 20},
 	"repo check":      {10, 12, 13, 16, 20},
 	"repo accept":     {10, 12, 13, 16, 20},
+	"repo copy":       {10, 12, 13, 14, 16, 20, 23, 24},
 	"repo key list":   {10, 12, 13, 16, 20},
 	"repo key add":    {10, 12, 13, 16, 20},
 	"repo key remove": {10, 12, 13, 16, 20},

@@ -25,12 +25,15 @@ const (
 )
 
 // givenKeys reads the keys that the flags name. There may be none.
-func givenKeys(c *cli.Context) ([]repo.Key, error) {
-	keys, err := readKeyFile(c.String(keyFileFlag))
+func givenKeys(c *cli.Context) ([]repo.Key, error) { return keysOf(c, keyFileFlag, passphraseFlag) }
+
+// keysOf reads the keys that two flags name.
+func keysOf(c *cli.Context, keyFile, passphraseFile string) ([]repo.Key, error) {
+	keys, err := readKeyFile(c.String(keyFile))
 	if err != nil {
 		return nil, err
 	}
-	more, err := readPassphraseFile(c.String(passphraseFlag))
+	more, err := readPassphraseFile(c.String(passphraseFile))
 	return append(keys, more...), err
 }
 
@@ -121,6 +124,10 @@ func openAt(ctx context.Context, c *cli.Context, url string, s *keySearch) (*rep
 	if err != nil {
 		return nil, err
 	}
+	return openWith(ctx, c, url, keys, s)
+}
+
+func openWith(ctx context.Context, c *cli.Context, url string, keys []repo.Key, s *keySearch) (*repo.Repository, error) {
 	o := openOptions(c)
 	o.Keys, o.FindKeys = keys, s.find
 	r, err := repo.Open(ctx, url, o)

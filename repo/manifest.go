@@ -147,11 +147,8 @@ const Latest = "latest"
 
 // Manifest returns one backup's, by id or Latest. ErrNoCluster, ErrNoBackup.
 func (r *Repository) Manifest(ctx context.Context, cluster, id string) (*Manifest, error) {
-	id, err := r.resolveBackup(ctx, cluster, id)
-	if err != nil {
-		return nil, err
-	}
-	return r.readManifest(ctx, cluster, id)
+	_, m, err := r.findManifest(ctx, cluster, id)
+	return m, err
 }
 
 // DeletedManifest returns the manifest of a backup that is deleted, as long as it is there: for who has begun to read it
@@ -168,7 +165,7 @@ func (r *Repository) resolveBackup(ctx context.Context, cluster, id string) (str
 		return "", err
 	}
 	if backupID.MatchString(id) {
-		return r.resolveCopy(ctx, BackupName{cluster, id})
+		return id, r.undeleted(ctx, BackupName{cluster, id})
 	}
 	if id != Latest {
 		return "", fmt.Errorf("%s %s: %w", cluster, id, ErrNoBackup)
@@ -183,31 +180,29 @@ func (r *Repository) resolveBackup(ctx context.Context, cluster, id string) (str
 	return ids[len(ids)-1], nil
 }
 
-// resolveCopy returns the id that the backup of an original's id has here. Deleted is only who is named exactly.
-func (r *Repository) resolveCopy(ctx context.Context, b BackupName) (string, error) {
-	if err := r.undeleted(ctx, b); err != nil || len(b.Backup) > originalIDLength {
-		return b.Backup, err
-	}
-	if found, err := r.exists(ctx, manifestKey(b.Cluster, b.Backup)); found || err != nil {
-		return b.Backup, err
-	}
-	copies, err := r.storedBackups(ctx, backupsPrefix(b.Cluster)+b.Backup+"-")
-	for _, c := range copies {
-		if c.listed() {
-			return c.Backup, nil // all of them are the same
-		}
-	}
-	return b.Backup, err
-}
-
 // ManifestJSON returns a manifest's document, verified. id may be Latest.
 func (r *Repository) ManifestJSON(ctx context.Context, cluster, id string) ([]byte, error) {
+	b, _, err := r.findManifest(ctx, cluster, id)
+	return b, err
+}
+
+// findManifest reads a backup's manifest, or that of a copy of it.
+func (r *Repository) findManifest(ctx context.Context, cluster, id string) ([]byte, *Manifest, error) {
 	id, err := r.resolveBackup(ctx, cluster, id)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	b, _, err := r.fetchManifest(ctx, cluster, id)
-	return b, err
+	b, m, err := r.fetchManifest(ctx, cluster, id)
+	if !errors.Is(err, ErrNoBackup) || len(id) > originalIDLength {
+		return b, m, err
+	}
+	copies, listErr := r.storedBackups(ctx, backupsPrefix(cluster)+id+"-")
+	for _, c := range copies {
+		if c.listed() {
+			return r.fetchManifest(ctx, cluster, c.Backup) // all of them are the same
+		}
+	}
+	return nil, nil, errors.Join(err, listErr)
 }
 
 func (r *Repository) readManifest(ctx context.Context, cluster, id string) (*Manifest, error) {

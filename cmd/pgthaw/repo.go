@@ -12,8 +12,8 @@ import (
 
 func repoCommand() *cli.Command {
 	return &cli.Command{
-		Name: "repo", Usage: "make, check and measure repositories, manage their keys",
-		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoAcceptCommand(), repoKeyCommand()},
+		Name: "repo", Usage: "make, check, measure and prune repositories, manage their keys",
+		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoAcceptCommand(), repoPruneCommand(), repoHoldCommand(), repoKeyCommand()},
 	}
 }
 

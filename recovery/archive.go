@@ -141,6 +141,7 @@ type walPath struct {
 	first uint64       // number of the segment in which the backup begins
 	names []pg.WALName // from there on, one file for each segment, without a gap
 	gap   *gap         // behind them; nil if nothing lies there
+	alone bool         // it ends with the backup: what lay behind was pruned, or is about to be
 }
 
 // gap is WAL that the repository does not have although it has some behind it, or knows of some.
@@ -171,6 +172,18 @@ func (a *archive) path(l line, m *repo.Manifest) *walPath {
 	}
 	p.gap = p.findGap(at, no)
 	return p
+}
+
+// cutOff leaves no more of the path than what makes the backup consistent.
+func (p *walPath) cutOff(m *repo.Manifest) {
+	last := p.a.size.Segment(m.StopLSN - 1)
+	if name, err := pg.ParseWALName(m.WALLast); err == nil {
+		if no, err := name.SegmentNo(p.a.size); err == nil {
+			last = max(last, no)
+		}
+	}
+	p.names = p.names[:min(uint64(len(p.names)), last-p.first+1)]
+	p.gap, p.alone = nil, true
 }
 
 func (p *walPath) find(at int, no uint64) (int, pg.WALName, bool) {

@@ -22,6 +22,7 @@ type Route struct {
 	line     line   // from the backup's timeline to that one
 	end      pg.LSN // of the last segment that is there, or of the backup
 	gapAhead bool   // behind it some is missing
+	alone    bool   // recovery ends with the backup: what lay behind was pruned
 }
 
 // timelineAt is the timeline that a place in the WAL belongs to.
@@ -32,6 +33,14 @@ func (r Route) timelineAt(lsn pg.LSN) pg.Timeline {
 		}
 	}
 	return r.Timeline
+}
+
+// target is the one to recover to: the end of all WAL is the backup's end where that is all there is.
+func (r Route) target(t Target) Target {
+	if kind, _ := t.kind(); r.alone && kind == targetEnd {
+		t.Immediate = true
+	}
+	return t
 }
 
 // Plan chooses the backup from which a target can be reached and the way there: the newest such, if backup is "latest" and
@@ -114,7 +123,11 @@ func unreachable(format string, args ...any) error {
 
 // plan finds out whether a backup leads to a target.
 func (a *archive) plan(ctx context.Context, m *repo.Manifest, t Target) (Route, error) {
-	p, err := a.pathOf(ctx, m, t.Timeline)
+	alone, err := a.r.Standalone(ctx, m)
+	if err != nil {
+		return Route{}, err
+	}
+	p, err := a.pathOf(ctx, m, t.Timeline, alone)
 	if err != nil {
 		return Route{}, err
 	}
@@ -126,15 +139,23 @@ func (a *archive) plan(ctx context.Context, m *repo.Manifest, t Target) (Route, 
 		Timeline: p.line[len(p.line)-1].timeline,
 		line:     p.line,
 		end:      max(a.size.Start(p.end()), m.StopLSN),
-		gapAhead: p.gap != nil,
+		gapAhead: p.gap != nil || p.alone,
+		alone:    p.alone,
 	}, nil
 }
 
-// pathOf is the WAL that lies between a backup and the end of the timeline asked for, which holds at least the backup's own.
-func (a *archive) pathOf(ctx context.Context, m *repo.Manifest, timeline string) (*walPath, error) {
+// pathOf is the WAL that lies between a backup and the end of the timeline asked for, which holds at least the backup's own;
+// and if the backup stands alone, no more.
+func (a *archive) pathOf(ctx context.Context, m *repo.Manifest, timeline string, alone bool) (*walPath, error) {
+	if alone {
+		timeline = onlyOwn(timeline)
+	}
 	tli, err := a.resolveTimeline(ctx, m, timeline)
 	if err != nil {
 		return nil, err
+	}
+	if alone && tli != m.Timeline {
+		return nil, unreachable("backup %s, of timeline %s, is restorable to its own end only: the WAL behind it was pruned", m.ID, m.Timeline)
 	}
 	l, err := a.line(ctx, tli)
 	if err != nil {
@@ -146,9 +167,20 @@ func (a *archive) pathOf(ctx context.Context, m *repo.Manifest, timeline string)
 	}
 	p := a.path(l, m)
 	if a.size.Start(p.end()) < m.StopLSN {
-		return p, p.lastInTree(ctx, m)
+		err = p.lastInTree(ctx, m)
 	}
-	return p, nil
+	if alone {
+		p.cutOff(m)
+	}
+	return p, err
+}
+
+// onlyOwn reads a word of recovery_target_timeline for a backup that leads to no other timeline than its own.
+func onlyOwn(timeline string) string {
+	if timeline == "" || timeline == "latest" {
+		return "current"
+	}
+	return timeline
 }
 
 // lastInTree returns nil if the WAL that the archive lacks up to the backup's end lies in its pg_wal: a standby cannot
@@ -261,6 +293,9 @@ func (p *walPath) reachEnd(ctx context.Context) error {
 
 // behind says why the WAL ends where it does, for messages.
 func (p *walPath) behind() string {
+	if p.alone {
+		return "the WAL behind the backup was pruned"
+	}
 	if p.gap == nil {
 		return "the repository has no WAL after that"
 	}
@@ -280,11 +315,16 @@ func (p *walPath) reachTime(ctx context.Context, m *repo.Manifest, t Target) err
 		return nil
 	}
 	err = unreachable("no transaction ended after %s: the last one did at %s, and %s", t.describe(), formatCommit(last), p.behind())
+	if p.alone {
+		return withHint(err, aloneHint)
+	}
 	if p.gap == nil {
 		return withHint(err, "To recover everything, give no target; to recover to this time, archive more WAL first (pg_switch_wal).")
 	}
 	return err
 }
+
+const aloneHint = "This backup is restorable to its own end only, which is what it recovers to without a target; \"pgthaw list\" shows what others can reach."
 
 func formatCommit(t time.Time) string {
 	if t.IsZero() {
@@ -405,8 +445,9 @@ type Point struct {
 // Window is what can be recovered from a backup on the latest timeline: from its end to the end of the WAL that follows
 // without a gap. To.Time is that of the last commit, or From.Time if none came later.
 type Window struct {
-	From Point `json:"from"`
-	To   Point `json:"to"`
+	From       Point `json:"from"`
+	To         Point `json:"to"`
+	Standalone bool  `json:"standalone"` // it is the backup's end: the WAL behind was pruned
 }
 
 // Windows finds those of some backups of one cluster, whose WAL it lists once. Where one cannot be found it is nil, and the
@@ -414,29 +455,36 @@ type Window struct {
 func Windows(ctx context.Context, r *repo.Repository, cluster string, backups []*repo.Manifest) ([]*Window, error) {
 	all := make([]*Window, len(backups))
 	a, err := openArchive(ctx, r, cluster)
+	var alone map[string]bool
+	if err == nil {
+		alone, err = r.StandaloneIDs(ctx, cluster)
+	}
 	if err != nil {
 		return all, fmt.Errorf("recoverable windows of %s: %w", cluster, err)
 	}
 	var bad []error
 	for i, m := range backups {
-		if all[i], err = a.window(ctx, m); err != nil {
+		if all[i], err = a.window(ctx, m, alone[m.ID]); err != nil {
 			bad = append(bad, fmt.Errorf("recoverable window of %s: %w", m.ID, err))
 		}
 	}
 	return all, errors.Join(bad...)
 }
 
-func (a *archive) window(ctx context.Context, m *repo.Manifest) (*Window, error) {
-	p, err := a.pathOf(ctx, m, "")
+func (a *archive) window(ctx context.Context, m *repo.Manifest, alone bool) (*Window, error) {
+	p, err := a.pathOf(ctx, m, "", alone)
 	if err != nil {
 		return nil, err
 	}
 	from := Point{m.StopLSN, m.StoppedAt.UTC()}
+	if alone {
+		return &Window{from, from, true}, nil
+	}
 	to, err := p.endPoint(ctx, from)
 	if err != nil {
 		return nil, err
 	}
-	return &Window{from, to}, nil
+	return &Window{From: from, To: to}, nil
 }
 
 // endPoint is the end of the last record of the path, and the time of its last commit, but not before from.

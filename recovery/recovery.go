@@ -55,6 +55,8 @@ type Result struct {
 	ReadBytes int64    `json:"repository_bytes_read"`
 	Changed   []string `json:"changed_files"` // that differ from the backup's, for pg_verifybackup --ignore
 
+	Standalone bool `json:"standalone"` // the WAL behind the backup was pruned: its end is all that can be recovered to
+
 	RestoredMS int64        `json:"restored_ms,omitempty"` // since the beginning, as the next two
 	MountedMS  int64        `json:"mounted_ms,omitempty"`
 	ReadyMS    int64        `json:"ready_ms,omitempty"` // the first query was answered
@@ -99,6 +101,8 @@ func prepare(ctx context.Context, r *repo.Repository, o Options) (*job, error) {
 	if j.route, err = Plan(ctx, r, o.Cluster, o.Backup, o.Target); err != nil {
 		return nil, err
 	}
+	o.Target = j.route.target(o.Target)
+	j.Target = o.Target
 	m := j.route.Manifest
 	if j.roots, err = o.roots(m); err != nil {
 		return nil, err
@@ -130,7 +134,8 @@ func (j *job) dir() string { return j.roots[0].Dir }
 
 func (j *job) result() Result {
 	m := j.route.Manifest
-	return Result{Cluster: m.Cluster, Backup: m.ID, Target: j.dir(), SizeBytes: m.SizeBytes, Changed: j.conf.changedFiles()}
+	return Result{Cluster: m.Cluster, Backup: m.ID, Target: j.dir(), SizeBytes: m.SizeBytes, Changed: j.conf.changedFiles(),
+		Standalone: j.route.alone}
 }
 
 func (j *job) since() int64 { return max(1, time.Since(j.begun).Milliseconds()) }

@@ -120,10 +120,11 @@ type checker struct {
 // checkedCluster is a cluster's backups and WAL, as far as they can be read.
 type checkedCluster struct {
 	name    string
-	size    pg.SegmentSize // 0: neither the cluster's document nor a manifest says
-	ids     []string       // of the manifests that are listed
-	orphans []string       // of pack lists without a manifest
-	backups []*Manifest    // that can be read, oldest first
+	size    pg.SegmentSize  // 0: neither the cluster's document nor a manifest says
+	ids     []string        // of the manifests that are listed
+	alone   map[string]bool // the ids of those that are restorable to their own end only
+	orphans []string        // of pack lists without a manifest
+	backups []*Manifest     // that can be read, oldest first
 	wal     *clusterWAL
 }
 
@@ -219,6 +220,7 @@ func (c *checker) listBackups(ctx context.Context) error {
 	all, err := c.r.storedBackups(ctx, backupsRoot)
 	for _, b := range all {
 		cl := c.cluster(b.Cluster)
+		cl.alone[b.Backup] = !b.standalone.IsZero()
 		switch {
 		case !b.deleted.IsZero():
 		case b.manifest:
@@ -254,7 +256,7 @@ func (c *checker) protect(ctx context.Context) (*Session, error) {
 func (c *checker) cluster(name string) *checkedCluster {
 	i, ok := slices.BinarySearchFunc(c.clusters, name, func(cl *checkedCluster, name string) int { return strings.Compare(cl.name, name) })
 	if !ok {
-		c.clusters = slices.Insert(c.clusters, i, &checkedCluster{name: name})
+		c.clusters = slices.Insert(c.clusters, i, &checkedCluster{name: name, alone: map[string]bool{}})
 	}
 	return c.clusters[i]
 }

@@ -18,19 +18,19 @@ import (
 type clusterWAL struct {
 	c         *checker
 	cl        *checkedCluster
+	timelines // without their size until check
 	names     map[pg.WALName]bool
 	sizes     map[pg.WALName]int64     // of the objects
 	segments  map[pg.Timeline][]uint64 // numbers, ascending
-	histories map[pg.Timeline][]pg.HistoryEntry
-	unread    map[pg.Timeline]bool // the history file is there, but cannot be believed
-	backups   []backupRange        // oldest first; none whose manifest names no WAL
-	gaps      []walGap             // reported
+	backups   []backupRange            // oldest first; none whose manifest names no WAL
+	gaps      []walGap                 // reported
 }
 
 // backupRange is the WAL that a backup needs to be consistent.
 type backupRange struct {
 	*Manifest
 	first, end uint64 // numbers of the segments, end exclusive. A last one that only its own tree has does not count
+	alone      bool   // what lies behind was pruned
 }
 
 // walGap is a run of segments of a line that are missing or damaged.
@@ -38,15 +38,6 @@ type walGap struct {
 	line        walLine
 	first, last uint64
 }
-
-// walStretch is the part of a line that belongs to one timeline.
-type walStretch struct {
-	timeline   pg.Timeline
-	begin, end pg.LSN // begin inclusive, end exclusive
-}
-
-// walLine is the way from the first timeline to a certain one, oldest first.
-type walLine []walStretch
 
 // checkWAL lists the WAL of all clusters, and looks at each cluster's document and for gaps.
 func (c *checker) checkWAL(ctx context.Context) error {
@@ -75,8 +66,8 @@ func (c *checker) checkWAL(ctx context.Context) error {
 }
 
 func (c *checker) newWAL(cl *checkedCluster) *clusterWAL {
-	return &clusterWAL{c: c, cl: cl, names: map[pg.WALName]bool{}, sizes: map[pg.WALName]int64{}, segments: map[pg.Timeline][]uint64{},
-		histories: map[pg.Timeline][]pg.HistoryEntry{}, unread: map[pg.Timeline]bool{}}
+	return &clusterWAL{c: c, cl: cl, timelines: newTimelines(0), names: map[pg.WALName]bool{}, sizes: map[pg.WALName]int64{},
+		segments: map[pg.Timeline][]uint64{}}
 }
 
 // listWAL takes in the names of all WAL objects, in one listing.
@@ -144,6 +135,7 @@ func (c *checker) checkCluster(ctx context.Context, cl *checkedCluster) error {
 
 // check looks for gaps along every line of timelines.
 func (w *clusterWAL) check(ctx context.Context) error {
+	w.size = w.cl.size
 	if err := w.sort(ctx); err != nil {
 		return err
 	}
@@ -157,7 +149,7 @@ func (w *clusterWAL) check(ctx context.Context) error {
 		}
 	}
 	unarchived := false
-	for _, tli := range w.timelines() {
+	for _, tli := range w.known() {
 		l := w.line(tli)
 		archives := w.archives(l)
 		for _, g := range w.findGaps(l) {
@@ -218,16 +210,8 @@ func (w *clusterWAL) readHistories(ctx context.Context) error {
 		if name.Kind != pg.WALHistory {
 			continue
 		}
-		content, err := w.c.r.WAL(ctx, w.cl.name, name)
-		if err == nil {
-			w.histories[name.Timeline], err = pg.ParseHistory(content)
-			if all := w.histories[name.Timeline]; err == nil && len(all) > 0 && all[len(all)-1].Timeline >= name.Timeline {
-				err = fmt.Errorf("it names timeline %s as a parent", all[len(all)-1].Timeline)
-			}
-			if err != nil {
-				err = corrupt(walKey(w.cl.name, name), "%v", err)
-			}
-		}
+		entries, err := w.c.r.history(ctx, w.cl.name, name)
+		w.histories[name.Timeline] = entries
 		if err != nil {
 			w.unread[name.Timeline] = true
 			w.reportHistory(name.Timeline, name.Timeline, err)
@@ -242,7 +226,7 @@ func (w *clusterWAL) readHistories(ctx context.Context) error {
 // checkHistories finds the history file that recovery misses: it asks for one after the other until one is absent
 // (timeline.c, findNewestTimeLine), and would leave out what lies behind such a hole.
 func (w *clusterWAL) checkHistories() {
-	known := w.timelines()
+	known := w.known()
 	if len(known) == 0 || len(w.cl.backups) == 0 {
 		return
 	}
@@ -274,8 +258,8 @@ func (w *clusterWAL) reportHistory(tli, newest pg.Timeline, err error) {
 	w.c.report(f)
 }
 
-// timelines are those of which there is anything, ascending.
-func (w *clusterWAL) timelines() []pg.Timeline {
+// known are the timelines of which there is anything, ascending.
+func (w *clusterWAL) known() []pg.Timeline {
 	known := map[pg.Timeline]bool{}
 	for tli := range w.segments {
 		known[tli] = true
@@ -289,29 +273,11 @@ func (w *clusterWAL) timelines() []pg.Timeline {
 	return slices.Sorted(maps.Keys(known))
 }
 
-// line is the way to a timeline, by its history file. Without one it begins there (timeline.c, readTimeLineHistory).
-func (w *clusterWAL) line(tli pg.Timeline) walLine {
-	var l walLine
-	var begin pg.LSN
-	if !w.unread[tli] {
-		for _, e := range w.histories[tli] {
-			l = append(l, walStretch{e.Timeline, begin, e.Switch})
-			begin = e.Switch
-		}
-	}
-	return append(l, walStretch{tli, begin, math.MaxUint64})
-}
-
-// covers tells whether segment no holds WAL of the stretch.
-func (w *clusterWAL) covers(s walStretch, no uint64) bool {
-	return no >= w.cl.size.Segment(s.begin) && w.cl.size.Start(no) < s.end
-}
-
 // addBackup takes in the range of a backup.
 func (w *clusterWAL) addBackup(ctx context.Context, m *Manifest) error {
 	first, err1 := pg.ParseWALName(m.WALFirst)
 	last, err2 := pg.ParseWALName(m.WALLast)
-	b := backupRange{Manifest: m}
+	b := backupRange{Manifest: m, alone: w.cl.alone[m.ID]}
 	if err1 != nil || err2 != nil {
 		return nil // it needs none
 	}
@@ -342,10 +308,8 @@ func (w *clusterWAL) addBackup(ctx context.Context, m *Manifest) error {
 func (w *clusterWAL) on(l walLine) []backupRange {
 	var all []backupRange
 	for _, b := range w.backups {
-		for _, s := range l {
-			if s.timeline == b.Timeline && s.begin <= b.StopLSN && b.StopLSN <= s.end {
-				all = append(all, b)
-			}
+		if l.from(b.Manifest) != nil {
+			all = append(all, b)
 		}
 	}
 	return all
@@ -365,21 +329,47 @@ func (w *clusterWAL) numbers(l walLine) []uint64 {
 	return slices.Compact(all)
 }
 
-// findGaps looks for missing segments between the oldest backup's first and the newest one that is there, or is needed.
+// findGaps looks for missing segments: between the first of the oldest backup that recovery may go on from and the newest one
+// that is there, or is needed; and before that, within the backups that need no more than their own.
 func (w *clusterWAL) findGaps(l walLine) []walGap {
-	backups := w.on(l)
-	if len(backups) == 0 {
-		return nil
-	}
-	// What is to be there: all that backups need, and what leads to the timeline's beginning.
-	next, end := backups[0].first, w.cl.size.Segment(l[len(l)-1].begin)
-	for _, b := range backups {
-		next, end = min(next, b.first), max(end, b.end)
-	}
+	alone, followed := apart(w.on(l))
+	numbers := w.numbers(l)
 	var gaps []walGap
-	for _, no := range w.numbers(l) {
-		if no > next {
-			gaps = append(gaps, walGap{l, next, no - 1})
+	next := uint64(math.MaxUint64)
+	if len(followed) > 0 {
+		// What is to be there: all that backups need, and what leads to the timeline's beginning.
+		end := w.cl.size.Segment(l[len(l)-1].begin)
+		for _, b := range followed {
+			next, end = min(next, b.first), max(end, b.end)
+		}
+		if len(numbers) > 0 {
+			end = max(end, numbers[len(numbers)-1]+1)
+		}
+		gaps = missing(l, numbers, next, end)
+	}
+	for _, b := range alone {
+		gaps = append(gaps, missing(l, numbers, b.first, min(b.end, next))...)
+	}
+	return gaps
+}
+
+// apart tells the backups whose WAL behind was pruned from those that recovery may go on from.
+func apart(backups []backupRange) (alone, followed []backupRange) {
+	for _, b := range backups {
+		if b.alone {
+			alone = append(alone, b)
+		} else {
+			followed = append(followed, b)
+		}
+	}
+	return alone, followed
+}
+
+// missing are the gaps in numbers, which ascend, from next on to end, which is exclusive.
+func missing(l walLine, numbers []uint64, next, end uint64) (gaps []walGap) {
+	for _, no := range numbers {
+		if no > next && next < end {
+			gaps = append(gaps, walGap{l, next, min(no, end) - 1})
 		}
 		next = max(next, no+1)
 	}
@@ -468,7 +458,7 @@ func (w *clusterWAL) cost(ctx context.Context, g walGap, key string, what error)
 			}
 		case b.end > g.first:
 			f.Backups = append(f.Backups, w.needs(b, g))
-		default:
+		case !b.alone:
 			lost.Backups = append(lost.Backups, b.ID)
 		}
 	}
@@ -529,7 +519,7 @@ func (w *clusterWAL) damaged(ctx context.Context, name pg.WALName, err error) er
 		return nil
 	}
 	no, notSegment := name.SegmentNo(w.cl.size)
-	for _, tli := range w.timelines() {
+	for _, tli := range w.known() {
 		g := walGap{w.line(tli), no, no}
 		if notSegment != nil || !w.uses(g.line, name, no) {
 			continue

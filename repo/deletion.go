@@ -73,6 +73,7 @@ type storedBackup struct {
 	BackupName
 	manifest, packs bool
 	deleted         time.Time // when it was marked, by the store's clock; zero: it is not
+	standalone      time.Time // when that was marked, the same
 	holds           []string  // keys
 }
 
@@ -114,5 +115,11 @@ func (b *storedBackup) add(suffix string, o store.Object) {
 		b.packs = true
 	case deletedSuffix:
 		b.deleted = o.Modified
+	case standaloneSuffix:
+		b.standalone = o.Modified
+	default:
+		if holdSuffix.MatchString(suffix) {
+			b.holds = append(b.holds, o.Key)
+		}
 	}
 }

@@ -8,6 +8,7 @@
 //	BackupWriter  the writing side, inside WriteBackup, which publishes all or nothing
 //	WALHead       a WAL file without its bytes; PutWAL, WAL, WALNames
 //	Memory        what a host has seen of repositories; Losses, UnlistedWAL, Accept
+//	Policy, Hold  what is kept; Prune, AddHold. retention.go decides about backups, walneeds.go about WAL: both are pure
 //	Key, KeySlot  what opens an encrypted repository, and what makes it open; Options.Keys, KeySlots
 //
 // What always holds:

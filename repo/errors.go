@@ -23,6 +23,8 @@ var (
 	ErrWrongKey         = errors.New("wrong key")
 	ErrPlain            = errors.New("the repository is not encrypted, and never will be")
 	ErrNoKeySlot        = errors.New("no such key in the repository")
+	ErrNoHold           = errors.New("no such hold in the repository")
+	ErrPruning          = errors.New("a prune that began before may still delete the backup")
 	ErrLastKey          = errors.New("the last key of the repository cannot be removed: nobody could open it any more")
 	ErrRolledBack       = errors.New("the repository is older than this host has seen it")
 	ErrSameRepository   = errors.New("both are one repository, or one is a clone of the other")

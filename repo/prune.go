@@ -31,7 +31,12 @@ type PruneReport struct {
 	Unexplained []BackupName
 	Packs       PackCount // that go now
 	Dead        PackCount // that nothing refers to any more but that stay for the grace period
+	Later       PackCount // that only deleted backups refer to: they go with these
+	WAL         []WALRange
+	WALSpared   []SparedWAL
 }
+
+const pruneOperation = "prune"
 
 // Prune marks the backups as deleted that the policy does not keep, gives up sessions that show no sign of life, and
 // deletes what nothing can refer to any more. Whatever else goes on in the repository meanwhile, and wherever it is
@@ -39,19 +44,19 @@ type PruneReport struct {
 //
 // The protocol, and why it is safe: docs/format.md, "Sessions and deletion".
 func (r *Repository) Prune(ctx context.Context, o PruneOptions) (*PruneReport, error) {
-	p := &pruner{r: r, o: o, report: &PruneReport{}, now: time.Now(), marked: map[BackupName]bool{}}
+	p := &pruner{r: r, o: o, report: &PruneReport{}, now: time.Now(), marked: map[BackupName]bool{}, standalone: map[BackupName]bool{}, ended: map[SessionID]bool{}}
 	if p.o.Progress == nil {
 		p.o.Progress = func(string, int, int) {}
 	}
 	if o.Apply {
-		s, err := r.begin(ctx, SessionInfo{Operation: "prune"})
+		s, err := r.begin(ctx, SessionInfo{Operation: pruneOperation})
 		if err != nil {
 			return nil, err
 		}
 		p.own = s.Info.ID
 		defer func() { _ = s.End(context.WithoutCancel(ctx)) }() // what is left of it the next prune takes away
 	}
-	for _, step := range []func(context.Context) error{p.retain, p.giveUp, p.reclaim} {
+	for _, step := range []func(context.Context) error{p.readClock, p.retain, p.giveUp, p.reclaim, p.reclaimWAL} {
 		if err := step(ctx); err != nil {
 			return p.report, err
 		}
@@ -66,33 +71,107 @@ type pruner struct {
 	report *PruneReport
 	now    time.Time           // by the store's clock, if anything is changed
 	marked map[BackupName]bool // that would be marked, if anything were changed
+
+	ended      map[SessionID]bool  // that would be ended, if anything were changed
+	standalone map[BackupName]bool // that are to be restorable to their own end only
+}
+
+// readClock takes the store's time, if anything is changed.
+func (p *pruner) readClock(ctx context.Context) error {
+	if !p.o.Apply {
+		return nil
+	}
+	for o, err := range p.r.store.List(ctx, p.own.key(begunSuffix)) {
+		if err != nil {
+			return fmt.Errorf("read the store's clock: %w", err)
+		}
+		p.now = o.Modified
+	}
+	return nil
+}
+
+// clusters are those that the prune is about.
+func (p *pruner) clusters(ctx context.Context) ([]Cluster, error) {
+	all, err := p.r.Clusters(ctx)
+	if err != nil || len(p.o.Clusters) == 0 {
+		return all, err
+	}
+	return slices.DeleteFunc(all, func(c Cluster) bool { return !slices.Contains(p.o.Clusters, c.Name) }), nil
 }
 
 // retain marks what the policy does not keep.
 func (p *pruner) retain(ctx context.Context) error {
-	clusters, err := p.r.Clusters(ctx)
+	clusters, err := p.clusters(ctx)
 	if err != nil {
 		return err
 	}
 	for _, c := range clusters {
-		if len(p.o.Clusters) > 0 && !slices.Contains(p.o.Clusters, c.Name) {
-			continue
-		}
-		backups, err := p.r.Backups(ctx, c.Name)
+		decisions, err := p.decide(ctx, c)
 		if err != nil {
 			return err
 		}
-		for _, d := range p.o.Policy.Decide(backups, time.Now()) {
+		for _, d := range decisions {
+			name := BackupName{c.Name, d.Backup.ID}
 			p.report.Decisions = append(p.report.Decisions, d)
+			p.standalone[name] = d.Standalone
 			if d.Keep {
 				continue
 			}
-			if err := p.mark(ctx, BackupName{c.Name, d.Backup.ID}, "not kept by the retention policy"); err != nil {
+			if err := p.mark(ctx, name, "not kept by the retention policy"); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// decide asks the policy. Of two clocks the one that is behind counts: it makes backups younger.
+func (p *pruner) decide(ctx context.Context, c Cluster) ([]Decision, error) {
+	backups, err := p.r.Backups(ctx, c.Name)
+	if err != nil {
+		return nil, err
+	}
+	held, alone, err := p.marks(ctx, c.Name)
+	if err != nil {
+		return nil, err
+	}
+	var times *walTimes
+	if p.o.Policy.Window > 0 {
+		w, err := p.r.listWAL(ctx, c)
+		if err == nil {
+			err = p.r.readLast(ctx, w)
+		}
+		if err != nil {
+			return nil, err
+		}
+		times = &w.walTimes
+	}
+	now := time.Now()
+	if p.now.Before(now) {
+		now = p.now.Local()
+	}
+	all := p.o.Policy.Decide(backups, times, func(id string) (string, bool) { reason, ok := held[id]; return reason, ok }, now)
+	for i, d := range all {
+		all[i].Standalone = d.Standalone || d.Keep && alone[d.Backup.ID]
+	}
+	return all, nil
+}
+
+// marks are the ids of a cluster's backups that are held, and why, and of those that stand alone already.
+func (p *pruner) marks(ctx context.Context, cluster string) (held map[string]string, alone map[string]bool, err error) {
+	stored, err := p.r.storedBackups(ctx, backupsPrefix(cluster))
+	held, alone = map[string]string{}, map[string]bool{}
+	for _, b := range stored {
+		alone[b.Backup] = !b.standalone.IsZero()
+		reason, is, err := p.r.held(ctx, b, p.now)
+		if err != nil {
+			return nil, nil, err
+		}
+		if is {
+			held[b.Backup] = reason
+		}
+	}
+	return held, alone, err
 }
 
 func (p *pruner) mark(ctx context.Context, b BackupName, reason string) error {
@@ -111,11 +190,6 @@ func (p *pruner) giveUp(ctx context.Context) error {
 		return err
 	}
 	for _, s := range sessions {
-		if s.id == p.own {
-			p.now = s.last
-		}
-	}
-	for _, s := range sessions {
 		if p.now.Sub(s.last) < sessionLife || s.id == p.own {
 			continue
 		}
@@ -132,12 +206,11 @@ func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
 	if s.info != nil && !s.done {
 		p.report.GivenUp = append(p.report.GivenUp, *s.info)
 	}
-	if !p.o.Apply {
-		return nil
-	}
 	if s.info != nil {
-		if err := p.r.putGivenUp(ctx, s.info); err != nil {
-			return err
+		if p.o.Apply {
+			if err := p.r.putGivenUp(ctx, s.info); err != nil {
+				return err
+			}
 		}
 		for _, b := range s.info.Makes {
 			if settled, err := p.settle(ctx, b, s); err != nil || !settled {
@@ -145,7 +218,17 @@ func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
 			}
 		}
 	}
+	if !p.o.Apply {
+		p.ended[s.id] = true
+		return nil
+	}
 	return p.r.endSession(ctx, s.id, s.signs)
+}
+
+// sessions lists those that count: a preview leaves out what would have been ended by then.
+func (p *pruner) sessions(ctx context.Context) ([]*listedSession, error) {
+	all, err := p.r.sessions(ctx)
+	return slices.DeleteFunc(all, func(s *listedSession) bool { return p.ended[s.id] }), err
 }
 
 // settle makes sure that a backup whose session was given up is either deleted, or in everybody's listings: then nothing
@@ -161,6 +244,10 @@ func (p *pruner) settle(ctx context.Context, b BackupName, by *listedSession) (s
 	}
 	if !found {
 		reason := fmt.Sprintf("its writer, process %d on %s, showed no sign of life for a day", by.info.PID, by.info.Host)
+		if !p.o.Apply {
+			p.marked[b] = true
+			return true, nil
+		}
 		return true, p.r.markUnmade(ctx, b, reason)
 	}
 	for o, err := range p.r.store.List(ctx, manifestKey(b.Cluster, b.Backup)) {
@@ -182,7 +269,8 @@ type inventory struct {
 type packState struct {
 	size     int64
 	modified time.Time
-	used     bool
+	used     bool // by listed backups
+	waits    bool // deleted ones use it
 }
 
 func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
@@ -196,7 +284,7 @@ func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
 			p.o.Progress("listing packs", len(i.packs), 0)
 		}
 	}
-	sessions, err := p.r.sessions(ctx)
+	sessions, err := p.sessions(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -248,7 +336,11 @@ func (p *pruner) reclaim(ctx context.Context) error {
 
 // collect deletes manifest and pack list of a backup whose time has come, or tells that its packs are needed.
 func (p *pruner) collect(ctx context.Context, i *inventory, b *storedBackup) (keep bool, err error) {
-	switch fate := p.fate(i, b); fate {
+	_, held, err := p.r.held(ctx, b, p.now)
+	if err != nil {
+		return false, err
+	}
+	switch fate := p.fate(i, b, held); fate {
 	case waits:
 		p.report.Waiting = append(p.report.Waiting, b.BackupName)
 		return b.manifest, nil
@@ -263,9 +355,13 @@ func (p *pruner) collect(ctx context.Context, i *inventory, b *storedBackup) (ke
 	if !p.o.Apply {
 		return false, nil
 	}
-	return false, errors.Join(
-		p.r.store.Delete(ctx, manifestKey(b.Cluster, b.Backup)),
-		p.r.store.Delete(ctx, packListKey(b.Cluster, b.Backup)))
+	keys := append([]string{manifestKey(b.Cluster, b.Backup), packListKey(b.Cluster, b.Backup), standaloneKey(b.Cluster, b.Backup)}, b.holds...)
+	for _, key := range keys {
+		if err := p.r.store.Delete(ctx, key); err != nil {
+			return false, fmt.Errorf("delete backup %s: %w", b.BackupName, err)
+		}
+	}
+	return false, nil
 }
 
 // fate is what becomes of a backup's objects.
@@ -279,7 +375,7 @@ const (
 	unexplained             // a pack list without a manifest, and neither a session nor a deletion tells why
 )
 
-func (p *pruner) fate(i *inventory, b *storedBackup) fate {
+func (p *pruner) fate(i *inventory, b *storedBackup, held bool) fate {
 	marked := p.marked[b.BackupName] // and would be only now
 	deleted := marked || !b.deleted.IsZero()
 	switch {
@@ -289,9 +385,9 @@ func (p *pruner) fate(i *inventory, b *storedBackup) fate {
 		return nothing
 	case !deleted && !b.manifest:
 		return unexplained
-	case i.used[b.BackupName] || len(b.holds) > 0:
+	case i.used[b.BackupName] || held:
 		return waits
-	case b.manifest && (marked && p.o.Grace > 0 || !marked && p.now.Sub(b.deleted) < p.o.Grace):
+	case b.manifest && p.o.Grace > 0 && (marked || p.now.Sub(b.deleted) < p.o.Grace):
 		return waits
 	}
 	return goes
@@ -310,9 +406,10 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 	if err != nil {
 		return fmt.Errorf("nothing was reclaimed, for what backup %s needs is not known: %w", b.BackupName, err)
 	}
+	waits := !b.deleted.IsZero() || p.marked[b.BackupName]
 	for _, u := range uses {
 		if s := i.packs[u.pack]; s != nil {
-			s.used = true
+			s.used, s.waits = s.used || !waits, s.waits || waits
 		}
 	}
 	return nil
@@ -323,7 +420,10 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 func (p *pruner) sweep(ctx context.Context, i *inventory) error {
 	var dead []PackID
 	for id, s := range i.packs {
-		if s.used || i.sessions[id.by()] {
+		if s.used || s.waits || i.sessions[id.by()] {
+			if s.waits && !s.used {
+				p.report.Later.add(s.size)
+			}
 			continue
 		}
 		if p.now.Sub(s.modified) < p.o.Grace {

@@ -82,7 +82,7 @@ func writeTestBackup(t testing.TB, r *Repository, files testFiles, prior *Backup
 
 func testManifest() Manifest {
 	return Manifest{SystemIdentifier: testSystemID, PGVersion: "15.18", PGVersionNum: 150018, PageSize: 8192, SegmentSize: 16 << 20,
-		Timeline: 1, StartLSN: 0x2000028, StopLSN: 0x2000100, StartedAt: time.Unix(1_700_000_000, 0).UTC(), StoppedAt: time.Unix(1_700_000_060, 0).UTC()}
+		Timeline: 1, StartLSN: 0x2000028, StopLSN: 0x2000100, StartedAt: time.Unix(900_000_000, 0).UTC(), StoppedAt: time.Unix(900_000_060, 0).UTC()}
 }
 
 func writeFiles(w *BackupWriter, files testFiles) error {

@@ -150,6 +150,7 @@ func TestJSONFieldsAreOnThePage(t *testing.T) {
 	}
 	for _, v := range []any{listed{}, recovery.Window{}, recovery.Point{}, checkJSON{}, findingJSON{}, affectedJSON{}, lostJSON{},
 		infoJSON{}, packsJSON{}, clusterInfoJSON{}, backupInfoJSON{}, acceptJSON{}, walListing{}, walRun{}, keyJSON{}, madeJSON{},
+		pruneJSON{}, decisionJSON{}, givenUpJSON{}, walRangeJSON{}, walSparedJSON{}, holdJSON{},
 		recovery.Result{}, recovery.RecoveryEnd{}, recovery.OverlayStatus{}} {
 		typ := reflect.TypeOf(v)
 		for i := range typ.NumField() {

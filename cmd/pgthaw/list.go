@@ -133,6 +133,11 @@ func printCluster(w io.Writer, backups []listed) error {
 	if err := t.print(w); err != nil {
 		return err
 	}
+	for _, b := range backups {
+		if b.Window != nil && b.Window.Standalone {
+			fmt.Fprintf(w, "Recoverable to its own end only: %s, %s (%s)\n", b.ID, clock(b.Window.To.Time), b.Window.To.LSN)
+		}
+	}
 	for _, win := range joined(backups) {
 		fmt.Fprintf(w, "Recoverable: %s (%s) to %s (%s)\n", clock(win.From.Time), win.From.LSN, clock(win.To.Time), win.To.LSN)
 	}
@@ -150,7 +155,7 @@ func joined(backups []listed) []recovery.Window {
 	var all []recovery.Window
 	for _, b := range backups {
 		switch last := len(all) - 1; {
-		case b.Window == nil:
+		case b.Window == nil, b.Window.Standalone:
 		case last >= 0 && all[last].To.LSN >= b.Window.From.LSN:
 			if b.Window.To.LSN > all[last].To.LSN {
 				all[last].To = b.Window.To

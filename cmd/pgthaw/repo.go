@@ -12,8 +12,9 @@ import (
 
 func repoCommand() *cli.Command {
 	return &cli.Command{
-		Name: "repo", Usage: "make, check, measure and copy repositories, manage their keys",
-		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoAcceptCommand(), repoCopyCommand(), repoKeyCommand()},
+		Name: "repo", Usage: "make, check, measure, copy and prune repositories, manage their keys",
+		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoAcceptCommand(), repoCopyCommand(),
+			repoPruneCommand(), repoHoldCommand(), repoKeyCommand()},
 	}
 }
 

@@ -90,6 +90,9 @@ func printResult(w io.Writer, r recovery.Result) error {
 			fmt.Fprintf(w, "%s after %s\n", phase.name, duration(time.Duration(phase.ms)*time.Millisecond))
 		}
 	}
+	if r.Standalone {
+		fmt.Fprintln(w, "The WAL behind the backup was pruned: its own end is all that can be recovered to")
+	}
 	if e := r.Recovery; e != nil {
 		fmt.Fprintf(w, "Recovery ended at %s, timeline %s: %s", e.LSN, e.Timeline, e.State)
 		if e.Time != nil {

@@ -54,6 +54,13 @@ func show(c *cli.Context) error {
 	return errors.Join(unseen, printShown(c.App.Writer, m, w[0]))
 }
 
+func recoverable(win *recovery.Window) string {
+	if win.Standalone {
+		return fmt.Sprintf("to its own end only, %s (%s): the WAL behind was pruned", clock(win.To.Time), win.To.LSN)
+	}
+	return fmt.Sprintf("%s (%s) to %s (%s)", clock(win.From.Time), win.From.LSN, clock(win.To.Time), win.To.LSN)
+}
+
 func printShown(w io.Writer, m *repo.Manifest, win *recovery.Window) error {
 	t := table{
 		{"Backup", m.ID},
@@ -67,7 +74,7 @@ func printShown(w io.Writer, m *repo.Manifest, win *recovery.Window) error {
 		{"Timeline", m.Timeline.String()},
 		{"Start LSN", fmt.Sprintf("%s, in %s", m.StartLSN, m.WALFirst)},
 		{"Stop LSN", fmt.Sprintf("%s, in %s", m.StopLSN, m.WALLast)},
-		{"Recoverable", fmt.Sprintf("%s (%s) to %s (%s)", clock(win.From.Time), win.From.LSN, clock(win.To.Time), win.To.LSN)},
+		{"Recoverable", recoverable(win)},
 		{"Files", strconv.Itoa(m.Files)},
 		{"Size", size(m.SizeBytes)},
 		{"Stored", size(m.StoredBytes)},

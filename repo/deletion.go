@@ -72,6 +72,7 @@ func (r *Repository) deletion(ctx context.Context, b BackupName) (d deletion, er
 type storedBackup struct {
 	BackupName
 	manifest, packs bool
+	packsPut        time.Time // when the pack list was put, by the store's clock
 	deleted         time.Time // when it was marked, by the store's clock; zero: it is not
 	holds           []string  // keys
 }
@@ -111,7 +112,7 @@ func (b *storedBackup) add(suffix string, o store.Object) {
 	case manifestSuffix:
 		b.manifest = true
 	case packListSuffix:
-		b.packs = true
+		b.packs, b.packsPut = true, o.Modified
 	case deletedSuffix:
 		b.deleted = o.Modified
 	}

@@ -724,7 +724,7 @@ func (d direct) Get(ctx context.Context, key string, off, n int64) ([]byte, erro
 	return d.s.get(key, off, n)
 }
 func (d direct) List(ctx context.Context, prefix string) iter.Seq2[store.Object, error] {
-	return observer{d.s}.List(ctx, prefix)
+	return observer(d).List(ctx, prefix)
 }
 func (d direct) Put(_ context.Context, key string, body []byte) error {
 	return d.s.carryOut(d.op(opPut, key, body)).err

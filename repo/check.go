@@ -316,6 +316,9 @@ func (c *checker) checkOrphan(ctx context.Context, cl *checkedCluster, id string
 	if found, err := c.r.exists(ctx, packListKey(cl.name, id)); err != nil || !found {
 		return err // its writer failed, and has taken it away
 	}
+	if err := c.r.undeleted(ctx, BackupName{cl.name, id}); err != nil {
+		return errorIf(!errors.Is(err, ErrDeleted), err) // its writer was given up meanwhile
+	}
 	c.report(Finding{Object: key, Cluster: cl.name, Err: corrupt(key, "it is missing, but the backup's pack list is there"),
 		Backups: []Affected{{Cluster: cl.name, Backup: id}},
 		Cost:    "The backup cannot be listed, mounted or restored."})

@@ -72,6 +72,7 @@ func (r *Repository) deletion(ctx context.Context, b BackupName) (d deletion, er
 type storedBackup struct {
 	BackupName
 	manifest, packs bool
+	packsPut        time.Time // when the pack list was put, by the store's clock
 	deleted         time.Time // when it was marked, by the store's clock; zero: it is not
 	standalone      time.Time // when that was marked, the same
 	holds           []string  // keys
@@ -112,7 +113,7 @@ func (b *storedBackup) add(suffix string, o store.Object) {
 	case manifestSuffix:
 		b.manifest = true
 	case packListSuffix:
-		b.packs = true
+		b.packs, b.packsPut = true, o.Modified
 	case deletedSuffix:
 		b.deleted = o.Modified
 	case standaloneSuffix:

@@ -1,12 +1,15 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sort"
 	"sync"
 	"sync/atomic"
@@ -24,6 +27,8 @@ func newPackID(by SessionID) (id PackID) {
 	copy(id[8:], by[:])
 	return id
 }
+
+func (id PackID) compare(other PackID) int { return bytes.Compare(id[:], other[:]) }
 
 // by is the session that wrote the pack.
 func (id PackID) by() SessionID { return SessionID(id[8:]) }
@@ -309,7 +314,7 @@ func (w *packWriters) finish() error {
 func (w *packWriters) abandon(ctx context.Context) error {
 	w.uploads.Wait()
 	var first error
-	for id := range w.done {
+	for _, id := range slices.SortedFunc(maps.Keys(w.done), PackID.compare) {
 		if err := w.r.store.Delete(ctx, id.key()); err != nil && first == nil {
 			first = fmt.Errorf("delete unfinished pack %s: %w", id, err)
 		}

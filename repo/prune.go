@@ -76,7 +76,17 @@ type pruner struct {
 	standalone map[BackupName]bool // that are to be restorable to their own end only
 }
 
-// readClock takes the store's time, if anything is changed.
+// clusters are those that the prune is about.
+func (p *pruner) clusters(ctx context.Context) ([]Cluster, error) {
+	all, err := p.r.Clusters(ctx)
+	if err != nil || len(p.o.Clusters) == 0 {
+		return all, err
+	}
+	return slices.DeleteFunc(all, func(c Cluster) bool { return !slices.Contains(p.o.Clusters, c.Name) }), nil
+}
+
+// readClock takes the store's time, if anything is changed: that of the session which was just put. This host's own clock says
+// nothing of the age of what others put.
 func (p *pruner) readClock(ctx context.Context) error {
 	if !p.o.Apply {
 		return nil
@@ -86,17 +96,9 @@ func (p *pruner) readClock(ctx context.Context) error {
 			return fmt.Errorf("read the store's clock: %w", err)
 		}
 		p.now = o.Modified
+		return nil
 	}
-	return nil
-}
-
-// clusters are those that the prune is about.
-func (p *pruner) clusters(ctx context.Context) ([]Cluster, error) {
-	all, err := p.r.Clusters(ctx)
-	if err != nil || len(p.o.Clusters) == 0 {
-		return all, err
-	}
-	return slices.DeleteFunc(all, func(c Cluster) bool { return !slices.Contains(p.o.Clusters, c.Name) }), nil
+	return errors.New("read the store's clock: it does not list yet what this prune has just put; try again later")
 }
 
 // retain marks what the policy does not keep.
@@ -190,7 +192,7 @@ func (p *pruner) giveUp(ctx context.Context) error {
 		return err
 	}
 	for _, s := range sessions {
-		if p.now.Sub(s.last) < sessionLife || s.id == p.own {
+		if p.now.Sub(s.last) < p.o.Grace+sessionLife || s.id == p.own { // the newest sign need not be listed yet
 			continue
 		}
 		if err := p.giveUpSession(ctx, s); err != nil {
@@ -345,6 +347,9 @@ func (p *pruner) collect(ctx context.Context, i *inventory, b *storedBackup) (ke
 		p.report.Waiting = append(p.report.Waiting, b.BackupName)
 		return b.manifest, nil
 	case unexplained:
+		if lost, err := p.lost(ctx, b); err != nil || !lost {
+			return false, err
+		}
 		p.report.Unexplained = append(p.report.Unexplained, b.BackupName)
 		return false, nil
 	case goes:
@@ -393,6 +398,21 @@ func (p *pruner) fate(i *inventory, b *storedBackup, held bool) fate {
 	return goes
 }
 
+// lost makes sure that what explains a pack list without manifest did not come after the listing, and is not only missing in
+// listings that are stale.
+func (p *pruner) lost(ctx context.Context, b *storedBackup) (bool, error) {
+	making, err := p.r.making(ctx)
+	if err != nil || making[b.BackupName] {
+		return false, err
+	}
+	for _, key := range []string{manifestKey(b.Cluster, b.Backup), deletedKey(b.Cluster, b.Backup)} {
+		if found, err := p.r.exists(ctx, key); err != nil || found {
+			return false, err
+		}
+	}
+	return p.now.Sub(b.packsPut) >= p.o.Grace, nil // or its session need not be listed yet
+}
+
 // markPacks marks the packs that a backup needs. One that cannot be read needs nobody knows what: nothing is deleted then.
 func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) error {
 	m, err := p.r.readManifest(ctx, b.Cluster, b.Backup)
@@ -402,6 +422,9 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 	var uses []packUse
 	if err == nil {
 		uses, err = p.r.packList(ctx, m)
+	}
+	if err != nil && !b.deleted.IsZero() && p.collected(ctx, b, i.used[b.BackupName]) {
+		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("nothing was reclaimed, for what backup %s needs is not known: %w", b.BackupName, err)
@@ -413,6 +436,13 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 		}
 	}
 	return nil
+}
+
+// collected tells whether a deleted backup is gone, or was before its manifest came late.
+func (p *pruner) collected(ctx context.Context, b *storedBackup, used bool) bool {
+	list, listErr := p.r.exists(ctx, packListKey(b.Cluster, b.Backup))
+	manifest, manifestErr := p.r.exists(ctx, manifestKey(b.Cluster, b.Backup))
+	return listErr == nil && manifestErr == nil && !list && (!used || !manifest)
 }
 
 // sweep deletes the packs that no backup needs, that no session may be about to refer to, and that are older than a
@@ -432,6 +462,7 @@ func (p *pruner) sweep(ctx context.Context, i *inventory) error {
 		}
 		dead = append(dead, id)
 	}
+	slices.SortFunc(dead, PackID.compare)
 	for n, id := range dead {
 		if p.o.Apply {
 			if err := p.r.store.Delete(ctx, id.key()); err != nil {

@@ -70,8 +70,11 @@ const (
 	begunSuffix     = ".begun"
 	givenUpSuffix   = ".givenup"
 	doneSuffix      = ".done"
-	signOfLifeEvery = time.Hour
-	// sessionLife is after how long without a sign of life a session is given up.
+	signOfLifeEvery = 6 * time.Hour
+	// signsKept is how many signs of life a session has: a listing that is stale, each key by itself by up to a day, or goes
+	// on for half a day, still shows one of them.
+	signsKept = 8
+	// sessionLife is after how long without a sign of life a session is given up, besides the grace period.
 	sessionLife = 24 * time.Hour
 )
 
@@ -189,29 +192,33 @@ func (s *Session) signs(ctx context.Context) {
 	}
 }
 
-// signOfLife puts the next sign and deletes the one before.
+// signOfLife puts the next sign and deletes one that is old enough.
 func (s *Session) signOfLife(ctx context.Context) error {
 	s.sign++
 	if err := s.put(ctx, signSuffix(s.sign)); err != nil {
 		return err
 	}
-	if s.sign == 1 {
+	if s.sign <= signsKept {
 		return nil
 	}
-	return s.r.store.Delete(ctx, s.Info.ID.key(signSuffix(s.sign-1)))
+	return s.r.store.Delete(ctx, s.Info.ID.key(signSuffix(s.sign-signsKept)))
 }
 
 func signSuffix(n int) string { return fmt.Sprintf(".%08x", n) }
 
 // rely tells whether the session protects what it wrote, up to now: nil; or ErrGivenUp. Whoever publishes something asks
-// afterwards, and promises nothing before.
+// afterwards, and promises nothing before. The word that it was given up goes only when the backup is marked as deleted, or was seen.
 func (s *Session) rely(ctx context.Context) error {
 	givenUp, err := s.r.exists(ctx, s.Info.ID.key(givenUpSuffix))
 	if err != nil || givenUp {
 		return errors.Join(err, errorIf(givenUp, ErrGivenUp))
 	}
-	begun, err := s.r.exists(ctx, s.Info.ID.key(begunSuffix))
-	return errors.Join(err, errorIf(err == nil && !begun, ErrGivenUp))
+	for _, b := range s.Info.Makes {
+		if err := s.r.undeleted(ctx, b); err != nil {
+			return errors.Join(errorIf(errors.Is(err, ErrDeleted), ErrGivenUp), err)
+		}
+	}
+	return nil
 }
 
 func errorIf(holds bool, err error) error {
@@ -243,7 +250,7 @@ func (s *Session) End(ctx context.Context) error {
 	}
 	s.Leave()
 	var signs []int
-	for n := max(s.sign-1, 1); n <= s.sign; n++ {
+	for n := max(s.sign-signsKept, 1); n <= s.sign; n++ {
 		signs = append(signs, n)
 	}
 	return s.r.endSession(ctx, s.Info.ID, signs)

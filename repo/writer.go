@@ -82,13 +82,14 @@ func (r *Repository) prepareBackup(ctx context.Context, session *Session, o Back
 	if err == nil {
 		err = w.checkWAL(m)
 	}
-	if err == nil {
+	listing := err == nil
+	if listing {
 		err = r.putPackList(ctx, m, packList)
 	}
 	if err == nil {
 		return m, nil
 	}
-	if left := w.abandon(context.WithoutCancel(ctx), session); left != nil { // prune does it when the session shows no sign of life
+	if left := w.abandon(context.WithoutCancel(ctx), session, listing); left != nil { // prune does it when the session shows no sign of life
 		return nil, errors.Join(err, left)
 	}
 	return nil, fmt.Errorf("%w; no backup was made, and nothing of it is left in the repository", err)
@@ -183,14 +184,19 @@ func (w *BackupWriter) drain(fnErr error) error {
 	return fnErr
 }
 
-// abandon deletes what an unsuccessful writer put, and then its session: what is left then would be nobody's.
-func (w *BackupWriter) abandon(ctx context.Context, session *Session) error {
+// abandon deletes what an unsuccessful writer put, and then its session: what is left then would be nobody's. A pack list that
+// was being put may still come, whatever the store answered: the session stays, so that prune knows whose it is.
+func (w *BackupWriter) abandon(ctx context.Context, session *Session, listing bool) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	b := session.Info.Makes[0]
 	if err := errors.Join(w.packs.abandon(ctx), w.r.store.Delete(ctx, packListKey(b.Cluster, b.Backup))); err != nil {
 		session.Leave()
 		return err
+	}
+	if listing {
+		session.Leave()
+		return nil
 	}
 	return session.End(ctx)
 }

@@ -124,13 +124,19 @@ type simHandle struct {
 	fault   func(*simOp) (simReply, bool) // answers in the store's place: a step of the protocol that is left out
 }
 
+func (h *simHandle) isDead() bool {
+	h.s.mu.Lock()
+	defer h.s.mu.Unlock()
+	return h.dead
+}
+
 // do waits for the scheduler.
 func (h *simHandle) do(ctx context.Context, op *simOp) simReply {
 	if err := ctx.Err(); err != nil {
 		return simReply{err: err}
 	}
 	op.h, op.want, op.reply = h, h.want, make(chan simReply, 1)
-	if h.fault != nil && !h.dead {
+	if h.fault != nil && !h.isDead() {
 		if r, ok := h.fault(op); ok {
 			return r
 		}
@@ -415,6 +421,8 @@ func (s *simStore) carryOutLate(i int) {
 // ready takes the operations that may be served, in an order that does not depend on the Go scheduler. Those that nobody
 // waits for are lost, or carried out late.
 func (s *simStore) ready() []*simOp {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	slices.SortStableFunc(s.pending, func(a, b *simOp) int {
 		return cmp.Or(cmp.Compare(a.h.no, b.h.no), cmp.Compare(a.kind, b.kind), cmp.Compare(a.key, b.key))
 	})
@@ -439,12 +447,16 @@ func (s *simStore) forget(op *simOp) {
 
 // take serves one of the pending operations.
 func (s *simStore) take(op *simOp) {
+	s.mu.Lock()
 	s.pending = slices.DeleteFunc(s.pending, func(o *simOp) bool { return o == op })
+	s.mu.Unlock()
 	s.serve(op)
 }
 
 // crash ends a process: nothing it does from now on has an effect, but for what is on its way.
 func (s *simStore) crash(h *simHandle) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	h.dead = true
 	s.log = append(s.log, simEvent{time.Now(), h.name, "crashes", nil})
 	s.pending = slices.DeleteFunc(s.pending, func(op *simOp) bool {

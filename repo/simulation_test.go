@@ -382,6 +382,7 @@ func (s *simulation) signs() (any bool) {
 	for _, op := range s.ready() {
 		if strings.HasPrefix(op.key, sessionsPrefix) && strings.HasPrefix(op.class(), op.kind+" sessions.<sign>") {
 			s.take(op)
+			synctest.Wait() // who waited for that goes on
 			any = true
 		}
 	}
@@ -550,7 +551,7 @@ func (s *simulation) write(h *simHandle, rng *rand.Rand) {
 			}
 			return testManifest(), writeFiles(w, files)
 		})
-		if h.dead || s.violation != nil {
+		if h.isDead() || s.violation != nil {
 			return
 		}
 		if err == nil {
@@ -605,7 +606,7 @@ func (s *simulation) read(h *simHandle, rng *rand.Rand) {
 
 func (s *simulation) readBackup(h *simHandle, r *Repository, m *Manifest, rng *rand.Rand) {
 	session, err := r.Use(s.ctx, "restore", m.Name())
-	if err != nil || h.dead {
+	if err != nil || h.isDead() {
 		return
 	}
 	want := s.published[m.Name()]
@@ -618,7 +619,7 @@ func (s *simulation) readBackup(h *simHandle, r *Repository, m *Manifest, rng *r
 		switch {
 		case err == nil:
 			s.stats["reads"]++
-		case errors.Is(err, errSim) || h.dead || h.protect == nil || h.protect.over || time.Since(h.protect.sign) >= sessionLife:
+		case errors.Is(err, errSim) || h.isDead() || h.protect == nil || h.protect.over || time.Since(h.protect.sign) >= sessionLife:
 		default:
 			s.violate("%s cannot be read by who uses it: %w", m.Name(), err)
 		}
@@ -638,7 +639,7 @@ func (s *simulation) prune(h *simHandle, rng *rand.Rand) {
 	for range 1 + rng.IntN(3) {
 		o := PruneOptions{Policy: Policy{Last: rng.IntN(4)}, Grace: s.grace, Apply: rng.IntN(10) > 0}
 		report, err := s.open(h).Prune(s.ctx, o)
-		if h.dead {
+		if h.isDead() {
 			return
 		}
 		s.stats["prunes"]++

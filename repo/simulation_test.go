@@ -26,7 +26,7 @@ import (
 // what docs/format.md, "Sessions and deletion", promises. A seed that fails fails again.
 func TestCrashSimulation(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // handing over to another thread is what takes the time
-	runs := rounds(500)
+	runs := rounds(200)
 	if n, err := strconv.Atoi(os.Getenv("PGTHAW_CRASH_ROUNDS")); err == nil {
 		runs = 2000 * n
 	}

@@ -2,6 +2,7 @@
 
 GO       ?= go
 FUZZTIME ?= 30s
+ROOMS     = $$($(GO) list ./... | grep -v /integration)
 PATH     := $(PATH):/usr/local/go/bin
 export PATH
 
@@ -12,11 +13,12 @@ build:
 	@./integration/setup.sh build
 	$(GO) build -buildvcs=false -o pgthaw ./cmd/pgthaw
 
-# Under a minute on two cores: the rooms' tests with fewer rounds and without the long ones. What needs root is skipped without it.
-check: SHORT = -short
-check: static rooms
+# The rooms' tests with fewer rounds and without the long ones, under the race detector. What needs root is skipped without it.
+check: static
+	@# The detector would sleep a second at each exit of a process.
+	GORACE=atexit_sleep_ms=0 $(GO) test -race -short -timeout 20m $(ROOMS)
 
-test: static rooms integration
+test: check rooms integration
 
 # The import test is one of cmd/pgthaw's.
 static:
@@ -25,9 +27,9 @@ static:
 	$(GO) vet -tags bench ./...
 	$(GO) tool staticcheck -tags bench ./...
 
-# The race detector would sleep a second at each exit of a process.
+# All of the rooms' tests.
 rooms:
-	GORACE=atexit_sleep_ms=0 $(GO) test -race $(SHORT) -timeout 20m $$($(GO) list ./... | grep -v /integration)
+	$(GO) test -timeout 20m $(ROOMS)
 
 demo: build
 	@./integration/setup.sh demo
@@ -36,7 +38,7 @@ demo: build
 # Against PostgreSQL 15, 16, 17 and 18. ARGS="-run TestName -v" chooses.
 integration:
 	@./integration/setup.sh test
-	$(GO) test -count=1 -timeout 20m ./integration $(ARGS)
+	$(GO) test -count=1 -timeout 40m ./integration $(ARGS)
 
 # Longer campaigns of the tests whose names begin with TestCrash.
 crash:

@@ -197,3 +197,24 @@ func TestKeyOfTheOwner(t *testing.T) {
 	invocation{postgres: true, env: []string{"HOME=/root", "XDG_CONFIG_HOME="}}.run(t, "--repo", repo, "list").ok(t)
 	invocation{postgres: true, env: []string{"HOME=" + home, "XDG_CONFIG_HOME="}}.run(t, "--repo", repo, "list").ok(t)
 }
+
+// TestKeyOfTheHost: root's repositories have their keys in the host's directory, where the server's user reads them, too: also
+// when the repository is given to that user afterwards.
+func TestKeyOfTheHost(t *testing.T) {
+	repo := filepath.Join(tempDir(t), "repo")
+	root := invocation{env: []string{"HOME=" + strings.TrimSpace(shell(t, "getent passwd root | cut -d: -f6")), "XDG_CONFIG_HOME="}}
+	var made madeRepository
+	root.run(t, "repo", "init", repo, "--json").ok(t).into(t, &made)
+	t.Cleanup(func() {
+		shell(t, "rm -f "+made.KeyFile+" && rmdir --ignore-fail-on-non-empty -p "+filepath.Dir(made.KeyFile))
+	})
+	if want := "/etc/pgthaw/keys/" + made.ID + ".key"; made.KeyFile != want {
+		t.Fatalf("the key is in %s, want %s", made.KeyFile, want)
+	}
+	if got := strings.TrimSpace(shell(t, "stat -c '%U %G %a' "+made.KeyFile)); got != "root postgres 640" {
+		t.Errorf("the key file is of %s", got)
+	}
+	shell(t, "chown -R postgres "+repo)
+	root.run(t, "--repo", repo, "list").ok(t)
+	invocation{postgres: true, env: []string{"HOME=/nonexistent", "XDG_CONFIG_HOME="}}.run(t, "--repo", repo, "list").ok(t)
+}

@@ -157,7 +157,7 @@ func (r rolledBack) testRefused(t *testing.T) {
 	before := objects(t, r.repo)
 	r.alarms(t, r.pgthaw(t, "backup", "main", "--pg-connection", r.dsn("postgres")), 16, r.lost, r.end)
 	for _, path := range paths {
-		for _, args := range [][]string{{"latest"}, {r.kept}, {"latest", "--to-immediate"}} {
+		for _, args := range [][]string{{"latest"}, {"latest", "--to-immediate"}} {
 			data := newTarget(t)
 			r.alarms(t, r.copyTo(t, asPostgres, path, args[0], data, args[1:]...), 16, r.lost, r.end)
 			absent(t, data)
@@ -165,6 +165,11 @@ func (r rolledBack) testRefused(t *testing.T) {
 	}
 	if after := objects(t, r.repo); !maps.Equal(before, after) {
 		t.Error("the repository has changed")
+	}
+	data := newTarget(t) // who names a backup gets it
+	got := r.alarms(t, r.copyTo(t, asPostgres, "restore", r.kept, data, "--to-immediate"), 0, r.lost, r.end)
+	if !strings.Contains(got.stderr, "pgthaw: warning: ") {
+		t.Errorf("it is no warning:\n%s", got.stderr)
 	}
 }
 

@@ -19,10 +19,10 @@ import (
 // the one that was there, can be told only by who has seen better. Its methods do not fail: what is forgotten makes less
 // noticeable, and nothing else. Safe for concurrent use.
 type Memory interface {
-	At(url string) (id string)                // of the repository that is known at a URL; "": none
-	Settle(url, id string)                    // makes it that one
-	Seen(id string) Seen                      // of a repository
-	Update(id string, change func(seen Seen)) // changes that in one step
+	At(url string) (id string)                     // of the repository that is known at a URL; "": none
+	Settle(url, id string)                         // makes it that one
+	Seen(url, id string) Seen                      // of a repository, where it lies: a copy elsewhere may be behind
+	Update(url, id string, change func(seen Seen)) // changes that in one step
 }
 
 // Seen is the newest that was seen of each of a repository's clusters, by name.
@@ -112,7 +112,7 @@ func (s Seen) Merge(other Seen) {
 type witness struct {
 	store.Store
 	memory Memory
-	id     func() string // of the repository, once that is known
+	r      *Repository // whose URL and, once that is known, ID it is
 
 	mu   sync.Mutex
 	seen Seen // by this process
@@ -155,7 +155,7 @@ func (w *witness) tell() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.told {
-		w.memory.Update(w.id(), func(s Seen) { s.Merge(w.seen) })
+		w.memory.Update(w.r.url, w.r.ID(), func(s Seen) { s.Merge(w.seen) })
 		w.told = true
 	}
 }
@@ -163,7 +163,7 @@ func (w *witness) tell() {
 // recall is all that this host and this process have seen.
 func (w *witness) recall() Seen {
 	s := Seen{}
-	s.Merge(w.memory.Seen(w.id()))
+	s.Merge(w.memory.Seen(w.r.url, w.r.ID()))
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s.Merge(w.seen)
@@ -174,7 +174,7 @@ func (w *witness) recall() Seen {
 func (w *witness) forget(change func(Seen)) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.memory.Update(w.id(), change)
+	w.memory.Update(w.r.url, w.r.ID(), change)
 	change(w.seen)
 	w.told = true
 }
@@ -191,7 +191,7 @@ func (r *Repository) remember(m Memory) {
 	if m == nil {
 		return
 	}
-	r.witness = &witness{Store: r.store, memory: m, id: r.ID, seen: Seen{}, told: true}
+	r.witness = &witness{Store: r.store, memory: m, r: r, seen: Seen{}, told: true}
 	r.store = r.witness
 }
 

@@ -39,21 +39,21 @@ func (m *testMemory) Settle(url, id string) {
 	m.urls[url] = id
 }
 
-func (m *testMemory) Seen(id string) Seen {
+func (m *testMemory) Seen(url, id string) Seen {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := Seen{}
-	s.Merge(m.seen[id])
+	s.Merge(m.seen[url+id])
 	return s
 }
 
-func (m *testMemory) Update(id string, change func(Seen)) {
+func (m *testMemory) Update(url, id string, change func(Seen)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.seen[id] == nil {
-		m.seen[id] = Seen{}
+	if m.seen[url+id] == nil {
+		m.seen[url+id] = Seen{}
 	}
-	change(m.seen[id])
+	change(m.seen[url+id])
 }
 
 // remembered is a repository in a directory, and the memory of a host that uses it.
@@ -188,7 +188,7 @@ func TestDeletedBackupIsNotLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.loses()
-	if got := r.memory.Seen(r.ID()).cluster("main").Backup; got == second {
+	if got := r.memory.Seen(r.URL(), r.ID()).cluster("main").Backup; got == second {
 		t.Error("it is still remembered")
 	}
 }
@@ -236,7 +236,7 @@ func TestExpiredWALIsNotLost(t *testing.T) {
 				return
 			}
 			r.loses()
-			if left := r.memory.Seen(r.ID())["main"].WAL; len(left) > 0 {
+			if left := r.memory.Seen(r.URL(), r.ID())["main"].WAL; len(left) > 0 {
 				t.Errorf("%v is still remembered", left)
 			}
 		})
@@ -365,7 +365,7 @@ func TestAccept(t *testing.T) {
 		t.Errorf("given up is %v, %v", given, err)
 	}
 	r.loses()
-	if got := r.memory.Seen(r.ID())["main"]; got.Backup != first || !maps.Equal(got.WAL, map[pg.Timeline]string{1: seg1}) {
+	if got := r.memory.Seen(r.URL(), r.ID())["main"]; got.Backup != first || !maps.Equal(got.WAL, map[pg.Timeline]string{1: seg1}) {
 		t.Errorf("remembered is %+v", got)
 	}
 	if lost, err := r.Losses(t.Context()); err != nil || len(lost) > 0 { // the process that accepted
@@ -401,7 +401,7 @@ func TestWitnessesSideBySide(t *testing.T) {
 	}
 	all.Wait()
 	want := map[pg.Timeline]string{1: fmt.Sprintf("%08X%08X%08X", 1, 0, 6*20+19), 2: fmt.Sprintf("%08X%08X%08X", 2, 0, 7*20+19)}
-	if got := r.memory.Seen(r.ID())["main"].WAL; !maps.Equal(got, want) {
+	if got := r.memory.Seen(r.URL(), r.ID())["main"].WAL; !maps.Equal(got, want) {
 		t.Errorf("remembered is %v, want %v", got, want)
 	}
 }

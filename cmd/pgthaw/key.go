@@ -218,7 +218,7 @@ func refuseDowngrade(r *repo.Repository) error {
 		return err
 	}
 	for _, h := range keyHomes(p) {
-		if path := h.keyMadeAt(p.URL); path != "" && !h.notedPlain(p.ID) {
+		if path := h.keyMadeAt(p.URL); path != "" && !ownHome().notedPlain(p.ID) {
 			return fmt.Errorf("%s: %w: %s was made for it", r.URL(), repo.ErrNotEncrypted, path)
 		}
 	}
@@ -235,7 +235,7 @@ func allowPlain(r *repo.Repository) error {
 		if h.keyMadeAt(p.URL) == "" {
 			continue
 		}
-		if err := h.notePlain(p.ID); err != nil {
+		if err := ownHome().notePlain(p.ID); err != nil {
 			return fmt.Errorf("note that %s is not encrypted, unlike one that was there before: %w", p.URL, err)
 		}
 	}

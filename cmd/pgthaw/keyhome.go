@@ -26,16 +26,41 @@ import (
 type keyHome struct {
 	dir      string
 	uid, gid int
+	shared   bool  // the group may read keys
 	err      error // the user has no home
 }
 
+// hostKeys is where root keeps the keys of a host's repositories, in no home. archive_command and restore_command run as the
+// server's user, so that user's group, if the host has it, may read them.
+const (
+	hostKeys    = "/etc/pgthaw/keys"
+	serverGroup = "postgres"
+)
+
+func hostHome() keyHome {
+	h := keyHome{dir: hostKeys}
+	if g, err := user.LookupGroup(serverGroup); err == nil {
+		h.gid, _ = strconv.Atoi(g.Gid)
+		h.shared = true
+	}
+	return h
+}
+
 // keyHomes are where the key of a repository is looked for, in turn, and made: in the first. Root begins with the home of who
-// owns the repository, for there the server's user can read it, too.
+// owns the repository, for there the server's user can read it, too; what root owns is the host's, unless the environment
+// gives root another home.
 func keyHomes(p repo.Place) (homes []keyHome) {
-	if os.Geteuid() == 0 && p.UID != 0 {
+	own := ownHome()
+	if os.Geteuid() != 0 {
+		return []keyHome{own, hostHome()}
+	}
+	if p.UID != 0 {
 		homes = append(homes, homeOf(p.UID))
 	}
-	return append(homes, ownHome())
+	if own.dir == homeOf(0).dir {
+		homes = append(homes, hostHome())
+	}
+	return append(homes, own)
 }
 
 // homeOf is the home that the password file gives a user.
@@ -117,12 +142,15 @@ func (h keyHome) make(p repo.Place) (path string, b []byte, err error) {
 	}
 	path = h.file(p.ID)
 	err = recovery.AsUser(h.uid, h.gid, func() error {
-		if err := makeDirs(h.dir); err != nil {
+		if err := h.makeDirs(h.dir); err != nil {
 			return fmt.Errorf("make key file: %w", err)
 		}
 		made, err := makeKeyFile(path, aboutKey(p.URL, p.ID))
 		if err == nil && !made {
 			err = fmt.Errorf("make key file %s: %w", path, fs.ErrExist)
+		}
+		if err == nil && h.shared {
+			err = errors.Join(os.Chown(path, h.uid, h.gid), os.Chmod(path, 0o640))
 		}
 		if err == nil {
 			b, err = os.ReadFile(path)
@@ -184,14 +212,18 @@ func saysMadeAt(file []byte, url string) bool {
 	return false
 }
 
-// makeDirs makes dir and whatever above it is missing, durably, for this user alone.
-func makeDirs(dir string) error {
-	err := os.Mkdir(dir, 0o700)
+// makeDirs makes dir and whatever above it is missing, durably, for this user alone, or such that others can name what is in it.
+func (h keyHome) makeDirs(dir string) error {
+	mode := fs.FileMode(0o700)
+	if h.shared {
+		mode = 0o711
+	}
+	err := os.Mkdir(dir, mode)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := makeDirs(filepath.Dir(dir)); err != nil {
+		if err := h.makeDirs(filepath.Dir(dir)); err != nil {
 			return err
 		}
-		err = os.Mkdir(dir, 0o700)
+		err = os.Mkdir(dir, mode)
 	}
 	if errors.Is(err, fs.ErrExist) {
 		return nil

@@ -20,9 +20,9 @@ import (
 
 // hostMemory keeps a repo.Memory in small files of the user's state directory:
 //
-//	<id>.json    what was seen of the repository <id>
-//	url-<hash>   the ID of the repository at the URL that has the hash: a URL may hold a password
-//	lock         held while one of them is replaced
+//	<id>-<hash>.json   what was seen of the repository <id> at the URL that has the hash: a URL may hold a password
+//	url-<hash>         the ID of the repository at that URL
+//	lock               held while one of them is replaced
 //
 // They are replaced in one step and not synced: a power cut may take the last change, or leave a file that cannot be read
 // and counts as none. So a "wal push" pays for no sync. What cannot be read or written is logged, once.
@@ -78,17 +78,17 @@ func (m *hostMemory) Settle(url, id string) {
 	m.locked(func() error { return replaceFile(m.urlFile(url), []byte(id+"\n")) })
 }
 
-func (m *hostMemory) Seen(id string) repo.Seen {
-	seen, err := m.read(id)
+func (m *hostMemory) Seen(url, id string) repo.Seen {
+	seen, err := m.read(url, id)
 	if err != nil {
 		m.warn(err)
 	}
 	return seen
 }
 
-func (m *hostMemory) Update(id string, change func(repo.Seen)) {
+func (m *hostMemory) Update(url, id string, change func(repo.Seen)) {
 	m.locked(func() error {
-		seen, err := m.read(id)
+		seen, err := m.read(url, id)
 		if err != nil {
 			m.warn(err)
 		}
@@ -98,23 +98,27 @@ func (m *hostMemory) Update(id string, change func(repo.Seen)) {
 			return err
 		}
 		b = append(b, '\n')
-		if was, err := os.ReadFile(m.file(id)); err == nil && bytes.Equal(was, b) {
+		if was, err := os.ReadFile(m.file(url, id)); err == nil && bytes.Equal(was, b) {
 			return nil
 		}
-		return replaceFile(m.file(id), b)
+		return replaceFile(m.file(url, id), b)
 	})
 }
 
-func (m *hostMemory) file(id string) string { return filepath.Join(m.dir, id+".json") }
+func (m *hostMemory) file(url, id string) string {
+	return filepath.Join(m.dir, id+"-"+urlHash(url)+".json")
+}
 
-func (m *hostMemory) urlFile(url string) string {
+func (m *hostMemory) urlFile(url string) string { return filepath.Join(m.dir, "url-"+urlHash(url)) }
+
+func urlHash(url string) string {
 	sum := sha256.Sum256([]byte(url))
-	return filepath.Join(m.dir, fmt.Sprintf("url-%x", sum[:16]))
+	return fmt.Sprintf("%x", sum[:16])
 }
 
 // read never returns a nil map.
-func (m *hostMemory) read(id string) (repo.Seen, error) {
-	b, err := os.ReadFile(m.file(id))
+func (m *hostMemory) read(url, id string) (repo.Seen, error) {
+	b, err := os.ReadFile(m.file(url, id))
 	if errors.Is(err, fs.ErrNotExist) {
 		return repo.Seen{}, nil
 	}
@@ -123,7 +127,7 @@ func (m *hostMemory) read(id string) (repo.Seen, error) {
 	}
 	seen := repo.Seen{}
 	if err := json.Unmarshal(b, &seen); err != nil || seen == nil {
-		return repo.Seen{}, fmt.Errorf("%s cannot be read, and is forgotten: %v", m.file(id), err)
+		return repo.Seen{}, fmt.Errorf("%s cannot be read, and is forgotten: %v", m.file(url, id), err)
 	}
 	return seen, nil
 }

@@ -23,8 +23,8 @@ func repoInitCommand() *cli.Command {
 		Name: "init", Usage: "make a repository", ArgsUsage: "[URL]",
 		Description: "URL is a path or file:///path, empty or absent; without it, the one of --repo.\n" +
 			"Where there is a repository already, nothing is changed and the exit code is 21.\n" +
-			"It is encrypted. Its key is made, too, in ~/.config/pgthaw/keys of the user who owns it, where every command finds it: keep a\n" +
-			"recovery sheet (\"pgthaw repo key export\") or a copy elsewhere, for without a key nobody can ever read the repository.\n" +
+			"It is encrypted. Its key is made, too, in ~/.config/pgthaw/keys of the user who owns it, or by root in /etc/pgthaw/keys, where every\n" +
+			"command finds it: keep a recovery sheet (\"pgthaw repo key export\") or a copy elsewhere, for without a key nobody can ever read the repository.\n" +
 			"With --key-file or --passphrase-file either opens it, and no other key is made. A key file that does not exist is made.",
 		Flags:  []cli.Flag{toggle("no-encryption", "make a repository that anybody who can read its files can read")},
 		Action: repoInit,

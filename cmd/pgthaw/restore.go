@@ -44,7 +44,10 @@ func recoverBackup(c *cli.Context, p *progress, do func(context.Context, *repo.R
 	}
 	defer r.Close()
 	if err := asSeen(c.Context, r, o.Cluster); err != nil {
-		return err
+		if o.Backup == repo.Latest {
+			return err
+		}
+		printProblem(c.App.ErrWriter, "warning", err) // who names a backup gets it
 	}
 	o.Progress = func(g recovery.Progress) { p.update(g.Phase, g.Done, g.Total) }
 	result, err := do(c.Context, r, o)

@@ -101,7 +101,7 @@ func TestCommandLinePageRuns(t *testing.T) {
 		{line: "pgthaw repo info"},
 		{line: "pgthaw repo check"},
 		{line: "pgthaw repo accept"},
-		{line: "pgthaw repo copy DESTINATION [CLUSTER...]", before: "pgthaw repo init ~/copy", and: "--to-key-file ~/key",
+		{line: "pgthaw repo copy DESTINATION [CLUSTER...]", before: "pgthaw repo init ~/copy",
 			with: map[string]string{"DESTINATION": "~/copy", "CLUSTER": "", "...]": ""}},
 		{line: "pgthaw repo prune [CLUSTER...]", before: "pgthaw backup main", with: map[string]string{"...]": ""}},
 		{line: "pgthaw repo hold add CLUSTER BACKUP", and: "--reason 'a test'"},

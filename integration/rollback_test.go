@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -354,7 +355,8 @@ func (r rolledBack) stateFile(t *testing.T) (dir, file string) {
 	t.Helper()
 	dir = tempDir(t)
 	ownedByPostgres(t, dir)
-	return dir, filepath.Join(dir, "pgthaw", r.id+".json")
+	hash := sha256.Sum256([]byte("file://" + r.repo))
+	return dir, filepath.Join(dir, "pgthaw", fmt.Sprintf("%s-%x.json", r.id, hash[:16]))
 }
 
 // sees fails the test unless a state file has these as the newest of main.

@@ -100,7 +100,7 @@ func (s *benchSide) pgthaw(args ...string) {
 	s.b.t.Helper()
 	cmd := exec.Command(filepath.Join(scratch, "bin", "pgthaw"), slices.Concat([]string{"--repo", s.repo}, s.key, args)...)
 	becomePostgres(s.b.t, cmd)
-	cmd.Dir, cmd.Env = "/", environment()
+	cmd.Dir, cmd.Env = "/", environment(stateHome(s.b.t, "postgres"))
 	began := time.Now()
 	if out, err := cmd.CombinedOutput(); err != nil {
 		s.b.t.Fatalf("%v: %v\n%s", args, err, out)

@@ -76,15 +76,13 @@ func (c *checker) listWAL(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("list %s: %w", walRoot, err)
 		}
-		cluster, file, _ := strings.Cut(strings.TrimPrefix(o.Key, walRoot), "/")
+		cluster, name, err := parseWALKey(o.Key)
 		cl := c.cluster(cluster)
 		if cl.wal == nil {
 			cl.wal = c.newWAL(cl)
 		}
-		dir, base, _ := strings.Cut(file, "/")
-		name, err := pg.ParseWALName(base)
-		if err != nil || name.Timeline.Hex() != dir {
-			c.report(Finding{Object: o.Key, Cluster: cluster, Err: corrupt(o.Key, "no WAL file has this name"), Backups: cl.affected(),
+		if err != nil {
+			c.report(Finding{Object: o.Key, Cluster: cluster, Err: err, Backups: cl.affected(),
 				Cost: "No backup of the cluster can be recovered while it is there: its WAL cannot be listed."})
 			continue
 		}

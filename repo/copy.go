@@ -302,9 +302,9 @@ func (c *clusterCopier) backup(ctx context.Context, m *Manifest) error {
 
 // protected copies one backup while no prune in the source reclaims it. The destination's prior one WriteBackup protects.
 func (c *clusterCopier) protected(ctx context.Context, m *Manifest, prior *pair) (*Manifest, error) {
-	uses := []BackupName{{m.Cluster, m.ID}}
+	uses := []BackupName{m.Name()}
 	if prior != nil {
-		uses = append(uses, BackupName{m.Cluster, prior.from.ID})
+		uses = append(uses, prior.from.Name())
 	}
 	s, err := c.from.Use(ctx, "copy", uses...)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"sync"
 )
@@ -106,7 +107,7 @@ func (f *fileCopier) fetch() error {
 		return cmp.Or(bytes.Compare(p.Pack[:], q.Pack[:]), cmp.Compare(p.Offset, q.Offset))
 	})
 	for len(wanted) > 0 {
-		n := f.together(wanted)
+		n := neighbours(f.chunksOf(wanted))
 		if err := f.fetchTogether(wanted[:n]); err != nil {
 			return err
 		}
@@ -115,19 +116,15 @@ func (f *fileCopier) fetch() error {
 	return nil
 }
 
-// together counts the chunks at the beginning of wanted that are neighbours in one pack, up to maxFetch bytes.
-func (f *fileCopier) together(wanted []int32) int {
-	first, last := f.m.chunks[wanted[0]], f.m.chunks[wanted[0]]
-	n := 1
-	for n < len(wanted) {
-		next := f.m.chunks[wanted[n]]
-		if next.Pack != first.Pack || next.Offset != last.end() || next.end()-first.Offset > maxFetch {
-			break
+// chunksOf gives the chunks of the file's map with these numbers.
+func (f *fileCopier) chunksOf(numbers []int32) iter.Seq[Ref] {
+	return func(yield func(Ref) bool) {
+		for _, i := range numbers {
+			if !yield(f.m.chunks[i]) {
+				return
+			}
 		}
-		last = next
-		n++
 	}
-	return n
 }
 
 // fetchTogether copies neighbouring chunks, read at once.

@@ -25,23 +25,23 @@ const copiedWALBytes = 64 << 20
 // choose lists the WAL files that the destination does not have.
 func (w *walCopier) choose(ctx context.Context) error {
 	there := map[pg.WALName]bool{}
-	for name, err := range w.to.walObjects(ctx, w.cluster.Name) {
+	for o, err := range w.to.walObjects(ctx, walPrefix(w.cluster.Name)) {
 		if err != nil && !errors.Is(err, ErrCorrupt) { // what has no name of a WAL file is nobody's
 			return err
 		}
-		there[name] = true
+		there[o.name] = true
 	}
-	for name, err := range w.from.walObjects(ctx, w.cluster.Name) {
+	for o, err := range w.from.walObjects(ctx, walPrefix(w.cluster.Name)) {
 		switch {
 		case err != nil:
 			if err := w.leaveOut(NotCopied{Cluster: w.cluster.Name, Err: inSource(ctx, err)}); err != nil {
 				return err
 			}
-		case there[name]:
+		case there[o.name]:
 			w.done.WALThere++
 		default:
-			w.names = append(w.names, name)
-			w.total += w.size(name)
+			w.names = append(w.names, o.name)
+			w.total += w.size(o.name)
 		}
 	}
 	slices.SortFunc(w.names, compareWAL)

@@ -44,12 +44,7 @@ func (r *Repository) markUnmade(ctx context.Context, b BackupName, reason string
 func (r *Repository) putDeletion(ctx context.Context, d deletion) error {
 	d.document = document{deletionKind, formatVersion}
 	d.DeletedAt = time.Now().UTC().Truncate(time.Second)
-	body, err := marshalDocument(d)
-	if err != nil {
-		return err
-	}
-	key := deletedKey(d.Cluster, d.ID)
-	if err := r.store.Put(ctx, key, r.sealDocument(key, body)); err != nil && !errors.Is(err, store.ErrExist) {
+	if err := r.putDocument(ctx, deletedKey(d.Cluster, d.ID), d); err != nil && !errors.Is(err, store.ErrExist) {
 		return fmt.Errorf("delete backup %s %s: %w", d.Cluster, d.ID, err)
 	}
 	return nil
@@ -57,14 +52,7 @@ func (r *Repository) putDeletion(ctx context.Context, d deletion) error {
 
 // deletion reads the mark of a backup that has one.
 func (r *Repository) deletion(ctx context.Context, b BackupName) (d deletion, err error) {
-	key := deletedKey(b.Cluster, b.Backup)
-	text, err := r.get(ctx, key, 0, -1)
-	if err == nil {
-		text, err = r.openDocument(key, text)
-	}
-	if err == nil {
-		err = unmarshalDocument(key, text, deletionKind, &d)
-	}
+	_, err = r.getDocument(ctx, deletedKey(b.Cluster, b.Backup), deletionKind, &d)
 	return d, err
 }
 

@@ -61,12 +61,7 @@ func (r *Repository) AddHold(ctx context.Context, cluster, backup, reason string
 	rand.Read(id[:])
 	h := Hold{document: document{holdKind, formatVersion}, ID: hex.EncodeToString(id[:]), Cluster: cluster, Backup: backup, Reason: reason,
 		CreatedAt: time.Now().UTC().Truncate(time.Second), Until: until.UTC()}
-	body, err := marshalDocument(h)
-	if err != nil {
-		return Hold{}, err
-	}
-	key := holdKey(cluster, backup, h.ID)
-	if err := r.store.Put(ctx, key, r.sealDocument(key, body)); err != nil {
+	if err := r.putDocument(ctx, holdKey(cluster, backup, h.ID), h); err != nil {
 		return Hold{}, fmt.Errorf("hold %s %s: %w", cluster, backup, err)
 	}
 	return h, r.settleHold(ctx, h)
@@ -138,16 +133,9 @@ func (r *Repository) Holds(ctx context.Context, cluster string) ([]Hold, error) 
 }
 
 func (r *Repository) readHold(ctx context.Context, key string) (*Hold, error) {
-	b, err := r.get(ctx, key, 0, -1)
-	if err != nil {
-		return nil, fmt.Errorf("read hold %s: %w", key, err)
-	}
-	if b, err = r.openDocument(key, b); err != nil {
-		return nil, err
-	}
 	h := &Hold{}
-	if err := unmarshalDocument(key, b, holdKind, h); err != nil {
-		return nil, err
+	if _, err := r.getDocument(ctx, key, holdKind, h); err != nil {
+		return nil, fmt.Errorf("read hold %s: %w", key, err)
 	}
 	if key != holdKey(h.Cluster, h.Backup, h.ID) {
 		return nil, corrupt(key, "it is hold %s on %s of %s", h.ID, h.Backup, h.Cluster)

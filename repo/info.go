@@ -143,6 +143,11 @@ func (p *PackCount) add(bytes int64) {
 	p.Bytes += bytes
 }
 
+func (p *PackCount) plus(o PackCount) {
+	p.Packs += o.Packs
+	p.Bytes += o.Bytes
+}
+
 // share tells each backup's packs apart, all being known.
 func (c *infoCounter) share() {
 	for _, b := range c.backups {
@@ -200,14 +205,12 @@ func (c *infoCounter) tellApart(ctx context.Context) (reclaimable PackCount, err
 	sessions, err := c.r.sessions(ctx)
 	for _, s := range sessions {
 		if n := c.unlisted[s.id]; n != nil {
-			c.info.Unfinished.Packs += n.Packs
-			c.info.Unfinished.Bytes += n.Bytes
+			c.info.Unfinished.plus(*n)
 			delete(c.unlisted, s.id)
 		}
 	}
 	for _, n := range c.unlisted {
-		reclaimable.Packs += n.Packs
-		reclaimable.Bytes += n.Bytes
+		reclaimable.plus(*n)
 	}
 	return reclaimable, err
 }

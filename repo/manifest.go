@@ -212,24 +212,18 @@ func (r *Repository) readManifest(ctx context.Context, cluster, id string) (*Man
 
 func (r *Repository) fetchManifest(ctx context.Context, cluster, id string) ([]byte, *Manifest, error) {
 	key := manifestKey(cluster, id)
-	b, err := r.get(ctx, key, 0, -1)
+	m := &Manifest{}
+	text, err := r.getDocument(ctx, key, manifestKind, m)
 	if errors.Is(err, store.ErrNotExist) {
 		return nil, nil, fmt.Errorf("%s %s: %w", cluster, id, ErrNoBackup)
 	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("read manifest of %s: %w", id, err)
 	}
-	if b, err = r.openDocument(key, b); err != nil {
-		return nil, nil, err
-	}
-	m := &Manifest{}
-	if err := unmarshalDocument(key, b, manifestKind, m); err != nil {
-		return nil, nil, err
-	}
 	if m.ID != id || m.Cluster != cluster {
 		return nil, nil, corrupt(key, "it describes backup %s of %s", m.ID, m.Cluster)
 	}
-	return b, m, nil
+	return text, m, nil
 }
 
 // packUse is one pack that a backup needs.

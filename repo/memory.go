@@ -76,13 +76,11 @@ func (s Seen) note(key string) bool {
 		s[cluster].Backup = id
 		return true
 	case strings.HasPrefix(key, walRoot):
-		cluster, path, _ := strings.Cut(key[len(walRoot):], "/")
-		dir, base, _ := strings.Cut(path, "/")
-		name, err := pg.ParseWALName(base)
-		if err != nil || name.Timeline.Hex() != dir || name.Kind != pg.WALSegment && name.Kind != pg.WALPartial || ValidClusterName(cluster) != nil {
+		cluster, name, err := parseWALKey(key)
+		if err != nil || name.Kind != pg.WALSegment && name.Kind != pg.WALPartial || ValidClusterName(cluster) != nil {
 			return false
 		}
-		c := s.cluster(cluster)
+		c, base := s.cluster(cluster), name.String()
 		if c.WAL[name.Timeline] != "" && !newer(base, c.WAL[name.Timeline]) {
 			return false
 		}
@@ -296,17 +294,9 @@ func (r *Repository) lostBackup(ctx context.Context, cluster, id string) (*Rollb
 
 // wasDeleted tells whether a prune has deleted a backup: the mark that says so stays for good. The backup is forgotten then.
 func (r *Repository) wasDeleted(ctx context.Context, cluster, id string) (bool, error) {
-	key := deletedKey(cluster, id)
-	b, err := r.get(ctx, key, 0, -1)
+	d, err := r.deletion(ctx, BackupName{cluster, id})
 	if errors.Is(err, store.ErrNotExist) {
 		return false, nil
-	}
-	var d deletion
-	if err == nil {
-		b, err = r.openDocument(key, b)
-	}
-	if err == nil {
-		err = unmarshalDocument(key, b, deletionKind, &d)
 	}
 	if err != nil || d.ID != id || d.Cluster != cluster {
 		return false, err

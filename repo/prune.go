@@ -113,7 +113,7 @@ func (p *pruner) retain(ctx context.Context) error {
 			return err
 		}
 		for _, d := range decisions {
-			name := BackupName{c.Name, d.Backup.ID}
+			name := d.Backup.Name()
 			p.report.Decisions = append(p.report.Decisions, d)
 			p.standalone[name] = d.Standalone
 			if d.Keep {

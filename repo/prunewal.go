@@ -214,7 +214,7 @@ func (p *pruner) heedSessions(ctx context.Context, plan *walPlan, sessions []*li
 }
 
 func (plan *walPlan) user(b BackupName) *plannedUser {
-	i := slices.IndexFunc(plan.users, func(u *plannedUser) bool { return u.Cluster == b.Cluster && u.ID == b.Backup })
+	i := slices.IndexFunc(plan.users, func(u *plannedUser) bool { return u.Name() == b })
 	if i < 0 {
 		return nil
 	}

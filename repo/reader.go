@@ -244,7 +244,7 @@ func (p part) whole() bool { return len(p.dst) == ChunkSize }
 func (f *mappedFile) readAt(p []byte, off int64) error {
 	parts := f.parts(p, off)
 	for len(parts) > 0 {
-		n := neighbours(parts)
+		n := neighbours(wholeParts(parts))
 		var err error
 		if n > 0 {
 			err = f.fetch(parts[:n])
@@ -277,14 +277,27 @@ func (f *mappedFile) parts(p []byte, off int64) []part {
 	return parts
 }
 
-// neighbours counts the whole chunks at the beginning of parts that lie one after the other in one pack.
-func neighbours(parts []part) int {
-	n, length := 0, 0
-	for n < len(parts) && parts[n].whole() && length+int(parts[n].ref.Length) <= maxFetch {
-		if n > 0 && (parts[n].ref.Pack != parts[0].ref.Pack || parts[n].ref.Offset != parts[n-1].ref.end()) {
+// wholeParts gives the chunks of the whole parts at the beginning of parts.
+func wholeParts(parts []part) iter.Seq[Ref] {
+	return func(yield func(Ref) bool) {
+		for _, p := range parts {
+			if !p.whole() || !yield(p.ref) {
+				return
+			}
+		}
+	}
+}
+
+// neighbours counts the chunks at the beginning of refs that lie one after the other in one pack, up to maxFetch bytes.
+func neighbours(refs iter.Seq[Ref]) (n int) {
+	var first, last Ref
+	for ref := range refs {
+		if n == 0 {
+			first = ref
+		} else if ref.Pack != first.Pack || ref.Offset != last.end() || ref.end()-first.Offset > maxFetch {
 			break
 		}
-		length += int(parts[n].ref.Length)
+		last = ref
 		n++
 	}
 	return n

@@ -242,19 +242,13 @@ func (r *Repository) Cluster(ctx context.Context, name string) (Cluster, error) 
 	if err := ValidClusterName(name); err != nil {
 		return Cluster{}, err
 	}
-	b, err := r.get(ctx, clusterKey(name), 0, -1)
+	var d clusterDocument
+	_, err := r.getDocument(ctx, clusterKey(name), clusterKind, &d)
 	if errors.Is(err, store.ErrNotExist) {
 		return Cluster{}, fmt.Errorf("%s: %w", name, ErrNoCluster)
 	}
 	if err != nil {
 		return Cluster{}, fmt.Errorf("read cluster %s: %w", name, err)
-	}
-	if b, err = r.openDocument(clusterKey(name), b); err != nil {
-		return Cluster{}, err
-	}
-	var d clusterDocument
-	if err := unmarshalDocument(clusterKey(name), b, clusterKind, &d); err != nil {
-		return Cluster{}, err
 	}
 	if d.Name != name || !d.SegmentSize.Valid() {
 		return Cluster{}, corrupt(clusterKey(name), "it describes cluster %q with WAL segments of %d bytes", d.Name, d.SegmentSize)
@@ -297,12 +291,8 @@ func (r *Repository) ensureCluster(ctx context.Context, name string) error {
 }
 
 func (r *Repository) createCluster(ctx context.Context, name string, systemID uint64, size pg.SegmentSize) error {
-	body, err := marshalDocument(clusterDocument{
+	return r.putDocument(ctx, clusterKey(name), clusterDocument{
 		document: document{clusterKind, formatVersion}, Name: name, SystemIdentifier: systemID, SegmentSize: size,
 		CreatedAt: time.Now().UTC().Truncate(time.Second),
 	})
-	if err != nil {
-		return err
-	}
-	return r.store.Put(ctx, clusterKey(name), r.sealDocument(clusterKey(name), body))
 }

@@ -149,25 +149,3 @@ func (plain) Overhead() int  { return 0 }
 func (plain) Seal(dst, _, b, _ []byte) []byte { return append(dst, b...) }
 
 func (plain) Open(dst, _, b, _ []byte) ([]byte, error) { return append(dst, b...), nil }
-
-// sealDocument makes the object of a cluster's or backup's document.
-func (r *Repository) sealDocument(key string, text []byte) []byte {
-	if r.seals.master == nil {
-		return text
-	}
-	salt := newSalt()
-	object := append(r.seals.header(kindDocument, [8]byte{}, salt), text...)
-	return r.seals.object(kindDocument, key, salt).seal(object, objectHeaderSize)
-}
-
-// openDocument returns the document that sealDocument made an object of.
-func (r *Repository) openDocument(key string, object []byte) ([]byte, error) {
-	if r.seals.master == nil {
-		return object, nil
-	}
-	salt, err := r.seals.checkHeader(key, object, kindDocument)
-	if err != nil {
-		return nil, err
-	}
-	return r.seals.object(kindDocument, key, salt).open(object[objectHeaderSize:], objectHeaderSize)
-}

@@ -168,12 +168,7 @@ func (r *Repository) exists(ctx context.Context, key string) (bool, error) {
 }
 
 func (s *Session) put(ctx context.Context, suffix string) error {
-	body, err := marshalDocument(s.Info)
-	if err != nil {
-		return err
-	}
-	key := s.Info.ID.key(suffix)
-	return s.r.store.Put(ctx, key, s.r.sealDocument(key, body))
+	return s.r.putDocument(ctx, s.Info.ID.key(suffix), s.Info)
 }
 
 // signs puts signs of life until ctx ends. One that fails is not missed as long as the next one comes in time.
@@ -345,15 +340,8 @@ func (r *Repository) readSession(ctx context.Context, s *listedSession) (err err
 }
 
 func (r *Repository) sessionInfo(ctx context.Context, key string) (*SessionInfo, error) {
-	b, err := r.get(ctx, key, 0, -1)
-	if err != nil {
-		return nil, err
-	}
-	if b, err = r.openDocument(key, b); err != nil {
-		return nil, err
-	}
 	info := &SessionInfo{}
-	if err := unmarshalDocument(key, b, sessionKind, info); err != nil {
+	if _, err := r.getDocument(ctx, key, sessionKind, info); err != nil {
 		return nil, err
 	}
 	if id, _, _ := strings.Cut(path.Base(key), "."); info.ID.String() != id {

@@ -27,12 +27,9 @@ func standaloneKey(cluster, id string) string { return backupsPrefix(cluster) + 
 
 // markStandalone comes before the WAL goes. Marked already is as good.
 func (r *Repository) markStandalone(ctx context.Context, cluster, id string) error {
-	body, err := marshalDocument(standalone{document{standaloneKind, formatVersion}, id, cluster})
-	if err != nil {
-		return err
-	}
 	key := standaloneKey(cluster, id)
-	if err := r.store.Put(ctx, key, r.sealDocument(key, body)); err != nil && !errors.Is(err, store.ErrExist) {
+	err := r.putDocument(ctx, key, standalone{document{standaloneKind, formatVersion}, id, cluster})
+	if err != nil && !errors.Is(err, store.ErrExist) {
 		return fmt.Errorf("mark %s: %w", key, err)
 	}
 	return nil

@@ -327,34 +327,48 @@ func (r *Repository) walBlock(key string, h *walHead, i int, sealed, dst []byte)
 // WALNames lists the WAL files of a cluster by timeline and name. It is one listing; no object is read.
 func (r *Repository) WALNames(ctx context.Context, cluster string) ([]pg.WALName, error) {
 	var names []pg.WALName
-	for name, err := range r.walObjects(ctx, cluster) {
+	for o, err := range r.walObjects(ctx, walPrefix(cluster)) {
 		if err != nil {
 			return nil, err
 		}
-		names = append(names, name)
+		names = append(names, o.name)
 	}
 	sort.SliceStable(names, func(i, j int) bool { return names[i].Timeline < names[j].Timeline })
 	return names, nil
 }
 
-// walObjects lists the WAL objects of a cluster. Behind a *CorruptError, for a name that no WAL file has, it goes on.
-func (r *Repository) walObjects(ctx context.Context, cluster string) iter.Seq2[pg.WALName, error] {
-	return func(yield func(pg.WALName, error) bool) {
-		for o, err := range r.store.List(ctx, walPrefix(cluster)) {
+// walObject is an object that holds a WAL file.
+type walObject struct {
+	name  pg.WALName
+	bytes int64 // stored
+}
+
+// walObjects lists the WAL objects below a prefix of a cluster's. Behind a *CorruptError, for a name that no WAL file has, it
+// goes on.
+func (r *Repository) walObjects(ctx context.Context, prefix string) iter.Seq2[walObject, error] {
+	return func(yield func(walObject, error) bool) {
+		for o, err := range r.store.List(ctx, prefix) {
 			if err != nil {
-				yield(pg.WALName{}, fmt.Errorf("list WAL of %s: %w", cluster, err))
+				yield(walObject{}, fmt.Errorf("list %s: %w", prefix, err))
 				return
 			}
-			dir, base, _ := strings.Cut(strings.TrimPrefix(o.Key, walPrefix(cluster)), "/")
-			name, err := pg.ParseWALName(base)
-			if err != nil || name.Timeline.Hex() != dir {
-				name, err = pg.WALName{}, corrupt(o.Key, "no WAL file has this name")
-			}
-			if !yield(name, err) {
+			_, name, err := parseWALKey(o.Key)
+			if !yield(walObject{name, o.Size}, err) {
 				return
 			}
 		}
 	}
+}
+
+// parseWALKey takes apart wal/<cluster>/<timeline>/<name>. *CorruptError: no WAL file has this name.
+func parseWALKey(key string) (cluster string, name pg.WALName, err error) {
+	cluster, path, _ := strings.Cut(strings.TrimPrefix(key, walRoot), "/")
+	dir, base, _ := strings.Cut(path, "/")
+	name, err = pg.ParseWALName(base)
+	if err != nil || name.Timeline.Hex() != dir {
+		return cluster, pg.WALName{}, corrupt(key, "no WAL file has this name")
+	}
+	return cluster, name, nil
 }
 
 // openWAL opens a WAL file for reading in parts; it reads the object's head, past the cache: one that was damaged may have been

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"pgthaw/repo/pg"
@@ -24,11 +23,6 @@ type walListing struct {
 	objects []walObject // by timeline and name
 }
 
-type walObject struct {
-	name  pg.WALName
-	bytes int64 // stored
-}
-
 // lost tells whether nobody knows which timelines a timeline came out of, of which any may be one that has backups; oldest is
 // the lowest that has. A timeline without a history file is one that came out of none, or the file is missing.
 func (t *timelines) lost(tli, oldest pg.Timeline) bool {
@@ -39,16 +33,11 @@ func (t *timelines) lost(tli, oldest pg.Timeline) bool {
 // listWAL lists a cluster's WAL and reads its history files.
 func (r *Repository) listWAL(ctx context.Context, c Cluster) (*walListing, error) {
 	w := &walListing{walTimes: walTimes{newTimelines(c.SegmentSize), map[pg.Timeline]time.Time{}}, cluster: c.Name}
-	for o, err := range r.store.List(ctx, walPrefix(c.Name)) {
+	for o, err := range r.walObjects(ctx, walPrefix(c.Name)) {
 		if err != nil {
-			return nil, fmt.Errorf("list WAL of %s: %w", c.Name, err)
+			return nil, err
 		}
-		dir, base, _ := strings.Cut(strings.TrimPrefix(o.Key, walPrefix(c.Name)), "/")
-		name, err := pg.ParseWALName(base)
-		if err != nil || name.Timeline.Hex() != dir {
-			return nil, corrupt(o.Key, "no WAL file has this name")
-		}
-		w.objects = append(w.objects, walObject{name, o.Size})
+		w.objects = append(w.objects, o)
 	}
 	for _, o := range w.objects {
 		if o.name.Kind != pg.WALHistory {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
-	"strings"
 
 	"pgthaw/repo/pg"
 )
@@ -34,24 +33,19 @@ func (t *WALTree) Timelines(ctx context.Context) ([]string, error) {
 // ReadDir lists a timeline's files, sorted by name; there may be none. It is one listing and reads no object, so the size
 // of a file that is not a segment is not known: it is -1.
 func (t *WALTree) ReadDir(ctx context.Context, timeline string) ([]Entry, error) {
-	prefix := walPrefix(t.c.Name) + timeline + "/"
 	var all []Entry
-	for o, err := range t.r.store.List(ctx, prefix) {
+	for o, err := range t.r.walObjects(ctx, walPrefix(t.c.Name)+timeline+"/") {
 		if err != nil {
-			return nil, fmt.Errorf("list WAL of %s: %w", t.c.Name, err)
+			return nil, err
 		}
-		name, err := t.parse(timeline, strings.TrimPrefix(o.Key, prefix))
-		if err != nil {
-			return nil, corrupt(o.Key, "no WAL file has this name")
-		}
-		all = append(all, t.entry(name, -1))
+		all = append(all, t.entry(o.name, -1))
 	}
 	return all, nil
 }
 
 // Stat reads the head of a WAL file's object. fs.ErrNotExist: there is no such file.
 func (t *WALTree) Stat(ctx context.Context, timeline, file string) (Entry, error) {
-	name, err := t.parse(timeline, file)
+	_, name, err := parseWALKey(walPrefix(t.c.Name) + timeline + "/" + file)
 	if err != nil {
 		return Entry{}, fmt.Errorf("%s/%s: %w", timeline, file, fs.ErrNotExist)
 	}
@@ -60,15 +54,6 @@ func (t *WALTree) Stat(ctx context.Context, timeline, file string) (Entry, error
 		return Entry{}, err
 	}
 	return t.entry(name, head.Size), nil
-}
-
-// parse takes apart what can be the name of a file in a timeline's directory.
-func (t *WALTree) parse(timeline, file string) (pg.WALName, error) {
-	name, err := pg.ParseWALName(file)
-	if err == nil && name.Timeline.Hex() != timeline {
-		err = fmt.Errorf("%s is not of timeline %s", file, timeline)
-	}
-	return name, err
 }
 
 // entry describes a WAL file as it would lie in pg_wal. The repository does not keep when it was written.

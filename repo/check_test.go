@@ -52,6 +52,13 @@ func newCheckedRepo(t testing.TB) checkedRepo {
 // putTestSegment stores a WAL segment without a record in it.
 func putTestSegment(t testing.TB, r *Repository, tli pg.Timeline, no uint64) {
 	t.Helper()
+	if err := r.PutWAL(t.Context(), "main", testSegment(tli, no), testSegmentContent(tli, no)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// testSegmentContent is a segment without records.
+func testSegmentContent(tli pg.Timeline, no uint64) []byte {
 	seg := make([]byte, testSegmentSize)
 	binary.LittleEndian.PutUint16(seg[0:], 0xD110) // XLOG_PAGE_MAGIC of 15
 	binary.LittleEndian.PutUint16(seg[2:], 2)      // XLP_LONG_HEADER
@@ -60,9 +67,7 @@ func putTestSegment(t testing.TB, r *Repository, tli pg.Timeline, no uint64) {
 	binary.LittleEndian.PutUint64(seg[24:], testSystemID)
 	binary.LittleEndian.PutUint32(seg[32:], testSegmentSize)
 	binary.LittleEndian.PutUint32(seg[36:], 8192)
-	if err := r.PutWAL(t.Context(), "main", testSegment(tli, no), seg); err != nil {
-		t.Fatal(err)
-	}
+	return seg
 }
 
 func testSegment(tli pg.Timeline, no uint64) pg.WALName {

@@ -292,6 +292,9 @@ func (c *clusterCopier) backup(ctx context.Context, m *Manifest) error {
 	if errors.Is(err, ErrDeleted) {
 		return nil // since it was listed
 	}
+	if errors.Is(err, ErrWALPruned) {
+		err = leftOut{fmt.Errorf("in the destination: %w", err)}
+	}
 	if err != nil {
 		return c.leaveOut(NotCopied{Cluster: m.Cluster, Backup: m.ID, Err: err})
 	}

@@ -17,6 +17,7 @@ var (
 	ErrNoBackup         = errors.New("no such backup")
 	ErrGivenUp          = errors.New("a prune gave this operation up, because no sign of life came from it for a day")
 	ErrNoWAL            = errors.New("no such WAL file in the repository")
+	ErrWALPruned        = errors.New("WAL that the backup needs was pruned")
 	ErrWALConflict      = errors.New("another WAL file of the same name is in the repository")
 	ErrCorrupt          = errors.New("repository damaged")
 	ErrNoKey            = errors.New("the repository is encrypted, and no key is given")

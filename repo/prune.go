@@ -72,6 +72,7 @@ type pruner struct {
 	now    time.Time           // by the store's clock, if anything is changed
 	marked map[BackupName]bool // that would be marked, if anything were changed
 
+	floors     []*listedSession    // that say which WAL was pruned
 	ended      map[SessionID]bool  // that would be ended, if anything were changed
 	standalone map[BackupName]bool // that are to be restorable to their own end only
 }
@@ -181,6 +182,10 @@ func (p *pruner) mark(ctx context.Context, b BackupName, reason string) error {
 		p.marked[b] = true
 		return nil
 	}
+	// One that stood still may have been given up, and somebody relies on a hold that it has not seen.
+	if under, err := p.r.exists(ctx, p.own.key(begunSuffix)); err != nil || !under {
+		return errors.Join(err, errorIf(err == nil, fmt.Errorf("delete backup %s: this prune: %w", b, ErrGivenUp)))
+	}
 	return p.r.markDeleted(ctx, b, reason)
 }
 
@@ -191,8 +196,12 @@ func (p *pruner) giveUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, s := range sessions {
-		if p.now.Sub(s.last) < p.o.Grace+sessionLife || s.id == p.own { // the newest sign need not be listed yet
+	old := slices.DeleteFunc(slices.Clone(sessions), func(s *listedSession) bool { // the newest sign need not be listed yet
+		return p.now.Sub(s.last) < p.o.Grace+sessionLife || s.id == p.own
+	})
+	p.floors = slices.DeleteFunc(sessions, func(s *listedSession) bool { return len(s.info.floors()) == 0 })
+	for _, s := range old {
+		if len(s.info.floors()) > 0 && !s.superseded(old) {
 			continue
 		}
 		if err := p.giveUpSession(ctx, s); err != nil {
@@ -205,7 +214,7 @@ func (p *pruner) giveUp(ctx context.Context) error {
 // giveUpSession first says that it does, then sees whether the session's backup was published, and if not, marks it as
 // deleted, whether or not it comes later. Only then the session may be forgotten.
 func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
-	if s.info != nil && !s.done {
+	if s.info != nil && !s.done && s.info.Operation != floorsOperation {
 		p.report.GivenUp = append(p.report.GivenUp, *s.info)
 	}
 	if s.info != nil {

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"time"
-
-	"pgthaw/repo/pg"
 )
 
 // SparedWAL is a cluster whose WAL stays for now, all of it.
@@ -39,7 +37,7 @@ func (p *pruner) reclaimWAL(ctx context.Context) error {
 		return err
 	}
 	var plans []*walPlan
-	var floors []WALFloor
+	floors := walFloors{}
 	for _, c := range clusters {
 		plan, err := p.planWAL(ctx, c)
 		if err != nil {
@@ -49,16 +47,12 @@ func (p *pruner) reclaimWAL(ctx context.Context) error {
 			continue
 		}
 		plans = append(plans, plan)
-		if before := plan.before(plan.needs(plan.now())); before > 0 {
-			floors = append(floors, WALFloor{c.Name, before})
-		}
+		floors.raise(plan.floors(plan.needs(plan.now()))...)
 	}
 	if p.o.Apply && len(floors) > 0 {
-		s, err := p.r.begin(ctx, SessionInfo{Operation: pruneOperation, Floors: floors})
-		if err != nil {
+		if err := p.r.putFloors(ctx, p.floors, floors); err != nil {
 			return err
 		}
-		defer func() { _ = s.End(context.WithoutCancel(ctx)) }() // what is left of it the next prune takes away
 	}
 	sessions, err := p.sessions(ctx)
 	if err != nil {
@@ -146,15 +140,15 @@ func (plan *walPlan) later() (users []walUser) {
 	return users
 }
 
-// before is an LSN before which all that goes lies; 0 if nothing does.
-func (plan *walPlan) before(stays []string) (lsn pg.LSN) {
+// floors are the LSNs before which all that goes of each timeline lies.
+func (plan *walPlan) floors(stays []string) (all []WALFloor) {
 	for i, o := range plan.objects {
 		if stays[i] == "" {
 			no, _ := o.name.SegmentNo(plan.size) // what has none stays
-			lsn = max(lsn, plan.size.Start(no+1))
+			all = append(all, WALFloor{plan.cluster, o.name.Timeline, plan.size.Start(no + 1)})
 		}
 	}
-	return lsn
+	return all
 }
 
 // deleteWAL deletes what can go, oldest first, unless a backup is being made that may need it.
@@ -185,7 +179,7 @@ func (p *pruner) deleteWAL(ctx context.Context, plan *walPlan, sessions []*liste
 }
 
 // heedSessions takes in what sessions use, and says why the WAL has to be spared: a session makes a backup that is not among
-// those that were looked at, and not deleted.
+// those that were looked at, and not deleted; or one is there by now, whose session may be gone.
 func (p *pruner) heedSessions(ctx context.Context, plan *walPlan, sessions []*listedSession) (reason string, err error) {
 	for _, s := range sessions {
 		if s.info == nil {
@@ -210,7 +204,17 @@ func (p *pruner) heedSessions(ctx context.Context, plan *walPlan, sessions []*li
 			}
 		}
 	}
-	return "", nil
+	return p.heedNew(ctx, plan)
+}
+
+func (p *pruner) heedNew(ctx context.Context, plan *walPlan) (reason string, err error) {
+	stored, err := p.r.storedBackups(ctx, backupsPrefix(plan.cluster))
+	for _, b := range stored {
+		if b.manifest && plan.user(b.BackupName) == nil && !slices.Contains(p.report.Collected, b.BackupName) {
+			return fmt.Sprintf("backup %s was made meanwhile", b.Backup), err
+		}
+	}
+	return "", err
 }
 
 func (plan *walPlan) user(b BackupName) *plannedUser {

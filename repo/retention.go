@@ -155,7 +155,7 @@ func minute(t, now time.Time) string { return t.In(now.Location()).Format("2006-
 // keepWindow keeps what ended in the window, and before that the newest backup from which its beginning can be reached: on
 // every line of timelines that was alive since.
 func (d *decider) keepWindow() {
-	if d.policy.Window <= 0 {
+	if d.policy.Window <= 0 || len(d.all) == 0 {
 		return
 	}
 	start := d.now.Add(-d.policy.Window)

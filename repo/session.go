@@ -9,7 +9,6 @@ import (
 	"os"
 	"path"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -38,10 +37,11 @@ type BackupName struct {
 
 func (n BackupName) String() string { return n.Cluster + " " + n.Backup }
 
-// WALFloor says that a prune deletes WAL of a cluster, all of it before an LSN.
+// WALFloor says that WAL of a timeline was pruned, or may be at any time, all of it before an LSN.
 type WALFloor struct {
-	Cluster string `json:"cluster"`
-	Before  pg.LSN `json:"before"`
+	Cluster  string      `json:"cluster"`
+	Timeline pg.Timeline `json:"timeline"`
+	Before   pg.LSN      `json:"before"`
 }
 
 // SessionInfo describes a session to the others.
@@ -50,18 +50,13 @@ type WALFloor struct {
 type SessionInfo struct {
 	document
 	ID        SessionID    `json:"id"`
-	Operation string       `json:"operation"` // "backup", "restore", "thaw", "prune", "copy"
+	Operation string       `json:"operation"` // "backup", "restore", "thaw", "prune", "copy", "WAL pruned"
 	Host      string       `json:"host"`
 	PID       int          `json:"pid"`
 	StartedAt time.Time    `json:"started_at"` // by that host's clock
 	Makes     []BackupName `json:"makes"`      // backups that it may publish
 	Uses      []BackupName `json:"uses"`       // backups that it refers to or reads
-	Floors    []WALFloor   `json:"floors"`     // of a prune
-}
-
-// deletesWAL tells whether WAL of a backup is among what a prune deletes.
-func (i *SessionInfo) deletesWAL(m *Manifest) bool {
-	return slices.ContainsFunc(i.Floors, func(f WALFloor) bool { return f.Cluster == m.Cluster && m.StartLSN < f.Before })
+	Floors    []WALFloor   `json:"floors"`     // such a session never ends, but one that has lower ones only
 }
 
 const (

@@ -31,6 +31,7 @@ type simStore struct {
 	faults   int           // of so many operations in a thousand something goes wrong
 
 	mu      sync.Mutex // only callers of one simHandle run at once, but a process has several
+	asked   int
 	pending []*simOp
 	late    []*simOp // answered already, and to be carried out some time
 
@@ -84,8 +85,10 @@ type simOp struct {
 	body   []byte
 	off, n int64
 	list   *simListing
+	no     int // in the order in which they were asked for
 	reply  chan simReply
 	want   map[string][]byte // content of the backup that is being written
+	wal    simRange          // the same
 	orphan bool              // who asked waits no more
 }
 
@@ -119,6 +122,7 @@ type simHandle struct {
 	calm  bool      // nothing goes wrong for it
 
 	want    map[string][]byte // content of the backup that it writes
+	wal     simRange          // the same
 	wrote   map[string]bool   // packs
 	protect *simProtection
 	fault   func(*simOp) (simReply, bool) // answers in the store's place: a step of the protocol that is left out
@@ -135,7 +139,7 @@ func (h *simHandle) do(ctx context.Context, op *simOp) simReply {
 	if err := ctx.Err(); err != nil {
 		return simReply{err: err}
 	}
-	op.h, op.want, op.reply = h, h.want, make(chan simReply, 1)
+	op.h, op.want, op.wal, op.reply = h, h.want, h.wal, make(chan simReply, 1)
 	if h.fault != nil && !h.isDead() {
 		if r, ok := h.fault(op); ok {
 			return r
@@ -144,6 +148,8 @@ func (h *simHandle) do(ctx context.Context, op *simOp) simReply {
 	h.s.mu.Lock()
 	dead := h.dead
 	if !dead {
+		h.s.asked++
+		op.no = h.s.asked
 		h.s.pending = append(h.s.pending, op)
 	}
 	h.s.mu.Unlock()

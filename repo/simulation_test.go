@@ -18,6 +18,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"pgthaw/repo/pg"
 	"pgthaw/repo/store"
 )
 
@@ -58,6 +59,14 @@ func TestCrashSimulation(t *testing.T) {
 type simFault struct {
 	name  string
 	fault func(h *simHandle) func(*simOp) (simReply, bool)
+	who   []simKind // who has to do with it; nil: writers, prunes, of them one by hand
+}
+
+func (f *simFault) kinds() []simKind {
+	if f.who != nil {
+		return f.who
+	}
+	return []simKind{simWriter, simPrune, simWriter, simWriter, simPrune, simPrune, simDeleter}
 }
 
 // TestCrashSimulationFindsFaults knocks steps of the protocol out: the simulation has to notice.
@@ -99,12 +108,12 @@ func when(who func(*simHandle) bool, kind, suffix string, answer func(*simOp) (s
 func swallowed(*simOp) (simReply, bool) { return simReply{}, true }
 
 var simFaults = []simFault{
-	{"W1 left out", when(isWriter, opPut, begunSuffix, swallowed)},
-	{"W5 cleaned up after", cleanUpAfterPublishing},
-	{"P3 without the mark", when(isPrune, opPut, deletedSuffix, func(op *simOp) (simReply, bool) {
+	{name: "W1 left out", fault: when(isWriter, opPut, begunSuffix, swallowed)},
+	{name: "W5 cleaned up after", fault: cleanUpAfterPublishing},
+	{name: "P3 without the mark", fault: when(isPrune, opPut, deletedSuffix, func(op *simOp) (simReply, bool) {
 		return simReply{}, bytes.Contains(op.body, []byte(byGiveUp))
 	})},
-	{"P4 without the sessions", func(h *simHandle) func(*simOp) (simReply, bool) {
+	{name: "P4 without the sessions", fault: func(h *simHandle) func(*simOp) (simReply, bool) {
 		lists := 0
 		return func(op *simOp) (simReply, bool) {
 			if isPrune(h) && op.kind == opList && op.key == packsRoot {
@@ -113,7 +122,7 @@ var simFaults = []simFault{
 			return simReply{}, lists > 0 && op.kind == opList && op.key == sessionsPrefix
 		}
 	}},
-	{"P7 without the grace period", when(isPrune, opList, packsRoot, func(op *simOp) (simReply, bool) {
+	{name: "P7 without the grace period", fault: when(isPrune, opList, packsRoot, func(op *simOp) (simReply, bool) {
 		var r simReply
 		for o := range (observer{op.h.s}).List(context.Background(), packsRoot) {
 			o.Modified = time.Time{}
@@ -157,8 +166,9 @@ type simulation struct {
 	*simStore
 	t        *testing.T
 	ctx      context.Context
-	template *Repository
+	template *simTemplate
 	fault    *simFault
+	server   *simServer    // nil: there is no WAL
 	grace    time.Duration // the least that prunes are told
 
 	actors    []*simHandle
@@ -168,6 +178,8 @@ type simulation struct {
 	published  map[BackupName]*simBackup
 	policy     map[BackupName]bool // some policy wanted it deleted
 	relied     map[BackupName]bool // WriteBackup returned nil
+	byHand     map[BackupName]bool // somebody wanted it deleted who does not ask for holds
+	held       map[BackupName][]*simHeld
 	protecting []*simProtection
 }
 
@@ -176,33 +188,38 @@ type simBackup struct {
 	name  BackupName
 	needs map[string]bool // keys
 	files map[string][]byte
+
+	timeline    pg.Timeline
+	first, last uint64 // numbers of its own WAL segments; 0: it has none
+	stop        pg.LSN
 }
 
 // simProtection is what a reader may rest on: that as long as its session shows signs of life.
 type simProtection struct {
-	name BackupName
-	sign time.Time // when it showed one, by the hosts' clock
-	over bool
+	name  BackupName
+	sign  time.Time // when it showed one, by the hosts' clock
+	over  bool
+	alone bool // it recovers to the backup's own end
 }
 
 // simTemplate holds what all repositories of all runs share, and objects of an empty one.
-var simTemplate = func() func(t *testing.T) *Repository {
-	var r *Repository
-	return func(t *testing.T) *Repository {
-		if r == nil {
-			var err error
-			if r, err = initStore(context.Background(), store.NewMem(), "mem:", Options{}); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := r.BindCluster(context.Background(), "main", testSystemID, 16<<20); err != nil {
-				t.Fatal(err)
-			}
+type simTemplate struct {
+	*Repository
+	wal map[string]simWAL // by name
+}
+
+var simTemplateOnce = func() func(t *testing.T) *simTemplate {
+	var shared *simTemplate
+	return func(t *testing.T) *simTemplate {
+		if shared == nil {
+			r := newWALRepository(t)
 			// The codec makes its channels when it is first used, and those of one run cannot be used in another.
 			if _, err := r.codec.decompress(r.codec.compress(nil, []byte("x")), 1); err != nil {
 				t.Fatal(err)
 			}
+			shared = &simTemplate{r, encodeSimWAL(t, r)}
 		}
-		return r
+		return shared
 	}
 }()
 
@@ -215,8 +232,8 @@ func (s *simulation) open(st store.Store) *Repository {
 
 // simulate runs one seed.
 func simulate(t *testing.T, seed uint64, fault *simFault, stats simStats) *simulation {
-
-	s := &simulation{template: simTemplate(t), fault: fault, published: map[BackupName]*simBackup{}, policy: map[BackupName]bool{}, relied: map[BackupName]bool{}}
+	s := &simulation{template: simTemplateOnce(t), fault: fault, published: map[BackupName]*simBackup{}, policy: map[BackupName]bool{},
+		relied: map[BackupName]bool{}, byHand: map[BackupName]bool{}, held: map[BackupName][]*simHeld{}}
 	synctest.Test(t, func(t *testing.T) {
 		cryptotest.SetGlobalRandom(t, seed)
 		s.t, s.ctx = t, t.Context()
@@ -244,28 +261,46 @@ func (s *simulation) setUp(seed uint64, stats simStats) {
 			s.t.Fatal(err)
 		}
 	}
-	kinds := []func(*simulation, *simHandle, *rand.Rand){(*simulation).write, (*simulation).write, (*simulation).write, (*simulation).prune, (*simulation).prune,
-		(*simulation).prune, (*simulation).read, (*simulation).deleteByHand, (*simulation).check}
-	names := []string{"writer", "writer", "writer", "prune", "prune", "prune", "reader", "deleter", "check"}
-	few := len(kinds)
-	if s.fault != nil { // who has to do with a fault: writers, prunes, of them one by hand
-		kinds[6], names[6], few = kinds[7], names[7], 7
+	if rng.IntN(2) == 0 {
+		s.server = newSimServer()
+	}
+	kinds := simKinds
+	if s.fault != nil {
+		kinds = s.fault.kinds()
 		s.grace %= DefaultGrace
 		st.stale = min(st.stale, max(0, s.grace-time.Second))
 		st.faults = max(st.faults, 20)
 	}
 	for no := range 3 + rng.IntN(6) {
-		k := rng.IntN(few)
+		k := kinds[rng.IntN(len(kinds))]
 		if no < 2 {
-			k = 3 * no // a writer and a prune at least
+			k = kinds[no] // a writer and a prune at least
 		}
-		s.start(fmt.Sprintf("%s%d", names[k], no), no, rng.Uint64(), kinds[k])
+		s.start(k, no, rng.Uint64())
 	}
 }
 
+// simKind is a kind of process.
+type simKind struct {
+	name string // of its processes, before a number
+	act  func(*simulation, *simHandle, *rand.Rand)
+}
+
+var (
+	simWriter  = simKind{"writer", (*simulation).write}
+	simPrune   = simKind{"prune", (*simulation).prune}
+	simDeleter = simKind{"deleter", (*simulation).deleteByHand}
+	simArchive = simKind{"archive", (*simulation).archive}
+	simHold    = simKind{"hold", (*simulation).hold}
+)
+
+// simKinds are those of which chance takes some, a writer and a prune first. What stands here several times is taken as often.
+var simKinds = []simKind{simWriter, simPrune, simWriter, simWriter, simPrune, simPrune, {"reader", (*simulation).read}, simDeleter,
+	{"check", (*simulation).check}, simArchive, simArchive, {"fetch", (*simulation).fetch}, simHold}
+
 // start starts a process, which waits for the scheduler at once.
-func (s *simulation) start(name string, no int, seed uint64, act func(*simulation, *simHandle, *rand.Rand)) {
-	h := &simHandle{s: s.simStore, no: no, name: name, wrote: map[string]bool{}, calm: strings.HasPrefix(name, "check")}
+func (s *simulation) start(k simKind, no int, seed uint64) {
+	h := &simHandle{s: s.simStore, no: no, name: fmt.Sprint(k.name, no), wrote: map[string]bool{}, calm: k.name == "check"}
 	if s.fault != nil {
 		h.fault = s.fault.fault(h)
 	}
@@ -273,7 +308,7 @@ func (s *simulation) start(name string, no int, seed uint64, act func(*simulatio
 	s.running++
 	go func() {
 		h.think(s.ctx)
-		act(s, h, rand.New(rand.NewPCG(seed, 4)))
+		k.act(s, h, rand.New(rand.NewPCG(seed, 4)))
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.running--
@@ -430,6 +465,8 @@ func (s *simulation) changed(op *simOp) {
 		}
 	case isBackup && suffix == deletedSuffix:
 		s.policy[name] = true
+		s.byHand[name] = s.byHand[name] || strings.HasPrefix(op.h.name, simDeleter.name)
+		s.checkHeld(name, op.no)
 	case strings.HasPrefix(op.key, packsRoot):
 		op.h.wrote[op.key] = true
 	case strings.HasPrefix(op.key, sessionsPrefix) && op.h.protect != nil:
@@ -461,6 +498,8 @@ func (s *simulation) deleting(key string) {
 		}
 	}
 	switch {
+	case strings.HasPrefix(key, walRoot):
+		s.deletingWAL(key)
 	case strings.HasPrefix(key, packsRoot):
 		s.stats["packs deleted"]++
 	case strings.HasSuffix(key, manifestSuffix):
@@ -488,11 +527,12 @@ func (s *simulation) publishes(op *simOp, name BackupName) {
 		s.violate("publish %s: %w", name, err)
 		return
 	}
-	b := &simBackup{name: name, files: op.want, needs: map[string]bool{op.key: true, packListKey(name.Cluster, name.Backup): true}}
+	b := &simBackup{name: name, files: op.want, timeline: m.Timeline, stop: m.StopLSN, first: op.wal.first, last: op.wal.last, needs: map[string]bool{op.key: true, packListKey(name.Cluster, name.Backup): true}}
 	for _, u := range uses {
 		b.needs[u.pack.key()] = true
 	}
 	s.published[name] = b
+	s.checkRecovery(b)
 	if err := readAll(s.ctx, r.OpenBackup(m), b.files); err != nil {
 		s.violate("publish %s: %w", name, err)
 	}
@@ -504,6 +544,10 @@ func readAll(ctx context.Context, b *Backup, want map[string][]byte) error {
 	err := b.Walk(ctx, ".", func(name string, e Entry) error {
 		if !e.Mode.IsRegular() {
 			return nil
+		}
+		if e.content.kind == contentWAL { // to read it whole takes too long
+			_, err := b.Open(ctx, e)
+			return err
 		}
 		seen++
 		got, err := readFile(ctx, b, e)
@@ -541,15 +585,29 @@ func (s *simulation) write(h *simHandle, rng *rand.Rand) {
 			h.want[name] = simContents[rng.IntN(len(simContents))]
 		}
 		files, fails := h.want, rng.IntN(12) == 0
+		h.wal = simRange{}
 		m, err := r.WriteBackup(s.ctx, "main", BackupOptions{Prior: prior, Workers: 1}, func(ctx context.Context, w *BackupWriter) (Manifest, error) {
 			for _, p := range []*packer{&w.packs.data, &w.packs.hot, &w.packs.meta} {
 				p.size = 1000
 			}
-			h.think(ctx)
-			if fails {
-				return Manifest{}, errSim
+			if s.server == nil {
+				h.think(ctx)
+				return testManifest(), errors.Join(errorIf(fails, errSim), writeFiles(w, files))
 			}
-			return testManifest(), writeFiles(w, files)
+			wal := s.server.beginBackup(rng)
+			h.wal = wal
+			if name, ok := wal.partialSegment(); ok {
+				files[name] = simContents[0]
+			}
+			h.think(ctx)
+			m, err := wal.manifest(), errorIf(fails, errSim)
+			if err == nil {
+				err = writeFiles(w, files)
+			}
+			if err == nil {
+				err = s.writeWAL(r, w, wal)
+			}
+			return m, err
 		})
 		if h.isDead() || s.violation != nil {
 			return
@@ -611,7 +669,8 @@ func (s *simulation) readBackup(h *simHandle, r *Repository, m *Manifest, rng *r
 	}
 	want := s.published[m.Name()]
 	if session != nil && want != nil {
-		h.protect = &simProtection{name: m.Name(), sign: time.Now()}
+		alone, err := r.Standalone(s.ctx, m)
+		h.protect = &simProtection{name: m.Name(), sign: time.Now(), alone: alone || err != nil}
 		s.protecting = append(s.protecting, h.protect)
 	}
 	for range 1 + rng.IntN(5) {
@@ -638,6 +697,9 @@ func (s *simulation) readBackup(h *simHandle, r *Repository, m *Manifest, rng *r
 func (s *simulation) prune(h *simHandle, rng *rand.Rand) {
 	for range 1 + rng.IntN(3) {
 		o := PruneOptions{Policy: Policy{Last: rng.IntN(4)}, Grace: s.grace, Apply: rng.IntN(10) > 0}
+		if s.server != nil {
+			o.Policy.Window = []time.Duration{0, time.Minute, 30 * time.Hour}[rng.IntN(3)]
+		}
 		report, err := s.open(h).Prune(s.ctx, o)
 		if h.isDead() {
 			return
@@ -649,7 +711,7 @@ func (s *simulation) prune(h *simHandle, rng *rand.Rand) {
 		if err != nil && !errors.Is(err, errSim) && !errors.Is(err, context.DeadlineExceeded) {
 			s.stats["prunes that failed: "+strings.Join(strings.Fields(err.Error())[:3], " ")]++
 		}
-		if len(report.unexplained()) > 0 {
+		if len(report.unexplained()) > 0 && o.Apply { // a preview has no clock but the host's
 			s.violate("prune finds %v damaged", report.Unexplained)
 		}
 		if errors.Is(err, ErrCorrupt) {
@@ -684,8 +746,8 @@ func (s *simulation) check(h *simHandle, rng *rand.Rand) {
 	}
 	for range 2 {
 		jumps := s.stats["clock jumped"]
-		_, err := s.open(h).Check(s.ctx, CheckOptions{ReadData: rng.IntN(2) == 0}, func(f Finding) {
-			if jumps == s.stats["clock jumped"] {
+		_, err := s.open(h).Check(s.ctx, CheckOptions{ReadData: rng.IntN(2) == 0 && (s.server == nil || rng.IntN(8) == 0)}, func(f Finding) {
+			if jumps == s.stats["clock jumped"] && !f.Note && !s.notArchivedYet(f) {
 				s.violate("check finds %s: %w", f.Object, f.Err)
 			}
 		})
@@ -702,11 +764,13 @@ func (s *simulation) settle() {
 	for len(s.late) > 0 {
 		s.carryOutLate(0)
 	}
+	wasStale := s.stale > 0
 	s.stale = 0
-	if s.rng.IntN(4) == 0 {
+	if s.rng.IntN(4) == 0 && !wasStale {
 		s.inspect(CheckOptions{})
 	}
 	last := s.open(direct{s.simStore})
+	s.letGo(last)
 	for range 3 {
 		time.Sleep(10 * 24 * time.Hour)
 		if _, err := last.Prune(s.ctx, PruneOptions{Grace: s.grace, Apply: true}); err != nil {
@@ -714,8 +778,23 @@ func (s *simulation) settle() {
 			return
 		}
 	}
-	s.inspect(CheckOptions{ReadData: true})
+	if wasStale && s.server != nil {
+		return
+	}
+	s.inspect(CheckOptions{ReadData: s.server == nil || s.rng.IntN(8) == 0})
 	s.leftovers()
+}
+
+// letGo removes all holds.
+func (s *simulation) letGo(r *Repository) {
+	holds, err := r.Holds(s.ctx, "")
+	for _, h := range holds {
+		delete(s.held, BackupName{h.Cluster, h.Backup})
+		err = errors.Join(err, r.RemoveHold(s.ctx, h.ID))
+	}
+	if err != nil {
+		s.violate("holds: %w", err)
+	}
 }
 
 // direct is the store without chance.
@@ -743,7 +822,11 @@ func (d direct) op(kind, key string, body []byte) *simOp {
 // inspect checks the repository as it is now, and reads every listed backup.
 func (s *simulation) inspect(o CheckOptions) {
 	r := s.open(observer{s.simStore})
-	_, err := r.Check(s.ctx, o, func(f Finding) { s.violate("check finds %s: %w", f.Object, f.Err) })
+	_, err := r.Check(s.ctx, o, func(f Finding) {
+		if !f.Note && !s.notArchivedYet(f) {
+			s.violate("check finds %s: %w", f.Object, f.Err)
+		}
+	})
 	if err != nil {
 		s.violate("check: %w", err)
 	}
@@ -770,9 +853,21 @@ func (s *simulation) leftovers() {
 		}
 	}
 	for _, key := range s.keys {
-		stays := key == configKey || strings.HasPrefix(key, clustersPrefix) || strings.HasSuffix(key, deletedSuffix)
+		stays := key == configKey || strings.HasPrefix(key, clustersPrefix) || strings.HasSuffix(key, deletedSuffix) || s.staysBeside(key)
 		if s.object(key) != nil && !stays && !needed[key] {
 			s.violate("%s is left over", key)
 		}
 	}
+}
+
+// staysBeside tells of WAL, and of words beside a listed backup, whether they are right to be there.
+func (s *simulation) staysBeside(key string) bool {
+	if strings.HasPrefix(key, walRoot) {
+		return !s.leftoverWAL(key)
+	}
+	if session := strings.TrimSuffix(key, begunSuffix); session != key {
+		return s.isFloor(key)
+	}
+	name, suffix, isBackup := splitBackupKey(key)
+	return isBackup && suffix == standaloneSuffix && s.listed(name)
 }

@@ -86,7 +86,11 @@ func (r *Repository) prepareBackup(ctx context.Context, session *Session, o Back
 	if left := w.abandon(context.WithoutCancel(ctx), session, listing); left != nil { // prune does it when the session shows no sign of life
 		return nil, errors.Join(err, left)
 	}
-	return nil, fmt.Errorf("%w; no backup was made, and nothing of it is left in the repository", err)
+	left := "nothing of it is left in the repository"
+	if listing {
+		left = "prune takes away the session that is left of it"
+	}
+	return nil, fmt.Errorf("%w; no backup was made, and %s", err, left)
 }
 
 // BackupWriter writes the files of one backup. Its methods are called by one goroutine at a time; hashing, comparing
@@ -195,21 +199,11 @@ func (w *BackupWriter) abandon(ctx context.Context, session *Session, listing bo
 	return session.End(ctx)
 }
 
-// checkWAL makes sure that the WAL objects that the backup refers to are there and stay. No prune that begins later
-// deletes any: it sees the session. So this looks for those under way, and then for what earlier ones have left.
+// checkWAL makes sure that the WAL objects that the backup refers to are there, and that these and what recovery may want
+// behind them stay. No prune that begins later deletes any: it sees the session. So this looks for what those before were about to.
 func (w *BackupWriter) checkWAL(m *Manifest) error {
-	if len(w.wal) == 0 {
-		return nil
-	}
-	sessions, err := w.r.sessions(w.base)
-	if err != nil {
+	if err := w.r.checkFloors(w.base, m); err != nil {
 		return err
-	}
-	for _, s := range sessions {
-		if s.info != nil && s.info.deletesWAL(m) {
-			return fmt.Errorf("a prune on %s, begun at %s, is deleting WAL that this backup needs: repeat the backup when it is done",
-				s.info.Host, s.info.StartedAt)
-		}
 	}
 	for name := range w.wal {
 		key := walKey(m.Cluster, name)

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -178,9 +179,16 @@ func (c *commit) place(before, after, micros string) (err error) {
 func (l *ledger) fail(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.err == nil && !serverWentAway(err) {
+	if l.err == nil && !serverWentAway(err) && !(l.source.mayPanic && mountWentAway(err)) {
 		l.err = err
 	}
+}
+
+// mountWentAway tells what a server reports whose data directory's daemon is dead, or dies while it answers.
+func mountWentAway(err error) bool {
+	var reported *pgconn.PgError
+	return errors.As(err, &reported) && slices.ContainsFunc([]error{syscall.ENOTCONN, syscall.ECONNABORTED, syscall.EIO},
+		func(why error) bool { return strings.HasSuffix(strings.ToLower(reported.Message), ": "+why.Error()) })
 }
 
 // serverWentAway: class 57P is the server's own good-bye, and a broken connection has no SQLSTATE at all.

@@ -161,7 +161,7 @@ func (c *checker) readPack(ctx context.Context, p *checkedPack) error {
 			return unanswered(ctx, err)
 		}
 		for i, kind := range toc.kinds {
-			ref := Ref{Pack: p.id, Offset: toc.offsets[i], Length: toc.offsets[i+1] - toc.offsets[i], ID: toc.ids[i]}
+			ref := toc.ref(p.id, i)
 			if kind == pieceChunk {
 				refs = append(refs, ref)
 			} else if err := c.readMetadata(ctx, p, ref); err != nil {

@@ -180,11 +180,7 @@ func (c *checker) readTOC(ctx context.Context, p *checkedPack) (*packTOC, error)
 	if err != nil {
 		return nil, err
 	}
-	end, at := uint32(packHeaderSize), p.size.size-p.size.toc-packTrailerSize
-	if len(t.kinds) > 0 {
-		end = t.offsets[len(t.kinds)]
-	}
-	if end != at {
+	if end, at := t.end(), p.size.size-p.size.toc-packTrailerSize; end != at {
 		return nil, corrupt(p.id.key(), "its pieces end at %d, its table of contents begins at %d", end, at)
 	}
 	return t, nil
@@ -255,7 +251,7 @@ func (c *checker) locate(ctx context.Context, ref Ref, kind byte) (at place, siz
 		return at, 0, err
 	}
 	i, ok := toc.find(ref.Offset)
-	if !ok || toc.kinds[i] != kind || toc.offsets[i+1] != ref.end() || toc.ids[i] != ref.ID {
+	if !ok || toc.kinds[i] != kind || toc.lengths[i] != ref.Length || toc.ids[i] != ref.ID {
 		return at, 0, ref.corrupt("the pack's table of contents does not have the piece that is referred to")
 	}
 	return at, toc.sizes[i], nil

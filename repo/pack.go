@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"sort"
 	"sync"
 	"sync/atomic"
 
@@ -87,30 +86,46 @@ const (
 	maxPackSize = 1 << 31
 )
 
-// packTOC is a pack's table of contents: its pieces in the order they lie.
+// packTOC is a pack's table of contents, or an edition's: its pieces in the order they lie.
 type packTOC struct {
-	offsets []uint32 // of each piece; one more at the end
+	offsets []uint32 // of each piece, in the pack
+	lengths []uint32
 	kinds   []byte
 	sizes   []uint32 // content bytes
 	ids     []ID
 	digests [][]byte // of a chunk's pages, pageDigestSize each
 }
 
+// add appends a piece that lies behind the last one.
 func (t *packTOC) add(kind byte, length, size uint32, id ID, digests []byte) {
-	if len(t.offsets) == 0 {
-		t.offsets = append(t.offsets, packHeaderSize)
-	}
-	t.offsets = append(t.offsets, t.offsets[len(t.offsets)-1]+length)
+	t.addAt(t.end(), kind, length, size, id, digests)
+}
+
+func (t *packTOC) addAt(offset uint32, kind byte, length, size uint32, id ID, digests []byte) {
+	t.offsets = append(t.offsets, offset)
+	t.lengths = append(t.lengths, length)
 	t.kinds = append(t.kinds, kind)
 	t.sizes = append(t.sizes, size)
 	t.ids = append(t.ids, id)
 	t.digests = append(t.digests, digests)
 }
 
+// end is where the last piece ends.
+func (t *packTOC) end() uint32 {
+	if n := len(t.offsets); n > 0 {
+		return t.offsets[n-1] + t.lengths[n-1]
+	}
+	return packHeaderSize
+}
+
 // find returns the index of the piece at an offset.
 func (t *packTOC) find(offset uint32) (i int, ok bool) {
-	i = sort.Search(len(t.kinds), func(i int) bool { return t.offsets[i] >= offset })
-	return i, i < len(t.kinds) && t.offsets[i] == offset
+	return slices.BinarySearch(t.offsets, offset)
+}
+
+// ref is the place of piece i of a pack.
+func (t *packTOC) ref(pack PackID, i int) Ref {
+	return Ref{Pack: pack, Offset: t.offsets[i], Length: t.lengths[i], ID: t.ids[i]}
 }
 
 // cost is about what the table takes in memory, in bytes.
@@ -126,11 +141,19 @@ func (t *packTOC) cost() int64 {
 // that what compresses lies together.
 func (t *packTOC) appendTo(b []byte) []byte {
 	b = binary.AppendUvarint(b, uint64(len(t.kinds)))
-	for i, kind := range t.kinds {
-		b = append(b, kind)
-		b = binary.AppendUvarint(b, uint64(t.offsets[i+1]-t.offsets[i]))
-		b = binary.AppendUvarint(b, uint64(t.sizes[i]))
+	for i := range t.kinds {
+		b = t.appendPiece(b, i)
 	}
+	return t.appendDigests(b)
+}
+
+func (t *packTOC) appendPiece(b []byte, i int) []byte {
+	b = append(b, t.kinds[i])
+	b = binary.AppendUvarint(b, uint64(t.lengths[i]))
+	return binary.AppendUvarint(b, uint64(t.sizes[i]))
+}
+
+func (t *packTOC) appendDigests(b []byte) []byte {
 	for _, id := range t.ids {
 		b = append(b, id[:]...)
 	}
@@ -143,29 +166,44 @@ func (t *packTOC) appendTo(b []byte) []byte {
 func decodeTOC(b []byte) (*packTOC, error) {
 	d := decoder{b: b}
 	n := d.count(3 + len(ID{}))
-	t := &packTOC{offsets: make([]uint32, 0, n+1), kinds: make([]byte, 0, n), sizes: make([]uint32, 0, n),
-		ids: make([]ID, 0, n), digests: make([][]byte, 0, n)}
-	var end uint64 = packHeaderSize
+	t := newTOC(n)
 	for range n {
-		kind, length, size := d.byte(), d.uvarint(), d.uvarint()
-		end += length
-		if kind == pieceChunk && (size == 0 || size > ChunkSize) || size > maxPieceSize || end > maxPackSize {
-			d.fail("piece of %d content bytes, ending at %d", size, end)
-		}
-		if d.err != nil {
-			return nil, d.err
-		}
-		t.add(kind, uint32(length), uint32(size), ID{}, nil)
+		t.decodePiece(&d, 0)
 	}
-	for i := range n {
+	t.decodeDigests(&d)
+	return t, d.end()
+}
+
+// newTOC has room for n pieces.
+func newTOC(n int) *packTOC {
+	return &packTOC{offsets: make([]uint32, 0, n), lengths: make([]uint32, 0, n), kinds: make([]byte, 0, n), sizes: make([]uint32, 0, n),
+		ids: make([]ID, 0, n), digests: make([][]byte, 0, n)}
+}
+
+// decodePiece reads what the table says of the next piece, which lies so many bytes behind the last one.
+func (t *packTOC) decodePiece(d *decoder, gap uint64) {
+	kind, length, size := d.byte(), d.uvarint(), d.uvarint()
+	if gap > maxPackSize || length > maxPackSize {
+		d.fail("a piece of %d bytes, %d behind the last", length, gap)
+	}
+	offset := uint64(t.end()) + gap
+	if kind == pieceChunk && (size == 0 || size > ChunkSize) || size > maxPieceSize || offset+length > maxPackSize {
+		d.fail("piece of %d content bytes, ending at %d", size, offset+length)
+	}
+	if d.err == nil {
+		t.addAt(uint32(offset), kind, uint32(length), uint32(size), ID{}, nil)
+	}
+}
+
+func (t *packTOC) decodeDigests(d *decoder) {
+	for i := range t.ids {
 		copy(t.ids[i][:], d.bytes(len(ID{})))
 	}
-	for i := range n {
-		if t.kinds[i] == pieceChunk {
+	for i, kind := range t.kinds {
+		if kind == pieceChunk {
 			t.digests[i] = d.bytes(pages(int64(t.sizes[i])) * pageDigestSize)
 		}
 	}
-	return t, d.end()
 }
 
 // pages is how many pages size bytes take.

@@ -23,7 +23,8 @@ type priorBackup struct {
 // tocCacheBytes is room for the page digests of some 20 GB.
 const tocCacheBytes = 32 << 20
 
-// openPrior reads the prior backup's pack list and enters its chunks into the index.
+// openPrior reads the prior backup's pack list, and enters its chunks into the index. Not all that its packs hold: what no backup
+// refers to any more may go while this one is being made.
 func openPrior(ctx context.Context, r *Repository, b *Backup, index *chunkIndex) (*priorBackup, error) {
 	uses, err := r.packList(ctx, b.Manifest)
 	if err != nil {
@@ -33,18 +34,17 @@ func openPrior(ctx context.Context, r *Repository, b *Backup, index *chunkIndex)
 	for _, u := range uses {
 		p.sizes[u.pack] = u.size
 	}
-	for _, u := range uses {
-		if index.full() {
-			break
-		}
-		toc, err := p.toc(ctx, u.pack)
-		if err != nil {
-			return nil, err
-		}
-		index.addPack(u.pack, toc)
+	walk := newPieceWalk(r, func(kind byte, ref Ref) error {
+		return errorIf(kind == pieceChunk && !index.add(ref), errFull)
+	})
+	if err := walk.backup(ctx, b); err != nil && err != errFull {
+		return nil, fmt.Errorf("compare with backup %s: %w", b.Manifest.ID, err)
 	}
 	return p, nil
 }
+
+// errFull says that no more is wanted.
+var errFull = errors.New("full")
 
 func (p *priorBackup) toc(ctx context.Context, id PackID) (*packTOC, error) {
 	return p.tocs.get(id, func() (*packTOC, int64, error) {
@@ -179,25 +179,12 @@ func newChunkIndex() *chunkIndex {
 	return &chunkIndex{known: map[PackID]uint32{}, at: map[ID]chunkPlace{}}
 }
 
-func (x *chunkIndex) full() bool {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return len(x.at) >= maxIndex
-}
-
-func (x *chunkIndex) addPack(id PackID, toc *packTOC) {
-	for i, kind := range toc.kinds {
-		if kind == pieceChunk {
-			x.add(Ref{Pack: id, Offset: toc.offsets[i], Length: toc.offsets[i+1] - toc.offsets[i], ID: toc.ids[i]})
-		}
-	}
-}
-
-func (x *chunkIndex) add(ref Ref) {
+// add enters a chunk. It returns false when there is no room.
+func (x *chunkIndex) add(ref Ref) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if len(x.at) >= maxIndex {
-		return
+		return false
 	}
 	pack, ok := x.known[ref.Pack]
 	if !ok {
@@ -206,6 +193,7 @@ func (x *chunkIndex) add(ref Ref) {
 		x.packs = append(x.packs, ref.Pack)
 	}
 	x.at[ref.ID] = chunkPlace{pack, ref.Offset, ref.Length}
+	return true
 }
 
 func (x *chunkIndex) find(id ID) (Ref, bool) {

@@ -62,7 +62,7 @@ func packCuts(t *testing.T, r *Repository, b []byte) (cuts []int64) {
 	for _, at := range toc.offsets {
 		cuts = append(cuts, int64(at))
 	}
-	return append(cuts, int64(end-packTrailerSize))
+	return append(cuts, int64(toc.end()), int64(end-packTrailerSize))
 }
 
 func walCuts(t *testing.T, r *Repository, key string) []int64 {

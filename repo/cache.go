@@ -46,6 +46,23 @@ func (c *cache[K, V]) get(key K, load func() (value V, cost int64, err error)) (
 	}
 }
 
+// has tells whether the value of key is there, or being loaded.
+func (c *cache[K, V]) has(key K) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, ok := c.items[key]
+	return ok
+}
+
+// forget drops the value of key. One that is being loaded stays.
+func (c *cache[K, V]) forget(key K) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e, ok := c.items[key]; ok && e.Value.(*cached[K, V]).cost > 0 {
+		c.drop(e)
+	}
+}
+
 // claim returns the item of key; mine means that the caller has to load it.
 func (c *cache[K, V]) claim(key K) (it *cached[K, V], mine bool) {
 	c.mu.Lock()

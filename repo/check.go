@@ -108,6 +108,7 @@ type checker struct {
 	bytes atomic.Int64 // of done, while packs and WAL objects are read
 
 	unlisted map[PackID]int64 // packs that are there but in no pack list, with their size
+	editions map[string]int64 // that are there, by key, with their size
 	meeting  sync.Mutex       // held while a pack that is in no pack list is looked at, and entered into packs
 
 	mu      sync.Mutex // a leaf, but for found, which is called under it

@@ -195,7 +195,9 @@ func (w *mapChecker) looseOf(p *checkedPack) []Ref {
 func (c *checker) readMetadata(ctx context.Context, p *checkedPack, ref Ref) error {
 	at := place{p.no, ref.Offset}
 	if _, done := c.maps.known(at); !done {
-		if _, err := c.r.piece(ctx, ref); err != nil {
+		if _, err := c.r.piece(ctx, ref); errors.Is(err, errNotHeld) {
+			return nil // nothing refers to it, and prune has dropped it
+		} else if err != nil {
 			return c.maps.bad(ctx, at, err)
 		}
 	}
@@ -233,7 +235,7 @@ func (c *checker) readChunks(ctx context.Context, p *checkedPack, refs []Ref) er
 		if err == nil {
 			_, err = c.r.decodeChunk(ref, b[ref.Offset-first:][:ref.Length], (*room)[:0])
 		}
-		if err != nil {
+		if err != nil && (p.broken || !errors.Is(err, errNotHeld)) { // else nothing refers to it, and prune has dropped it
 			c.pieceDamaged(place{p.no, ref.Offset}, err)
 		}
 		err = nil

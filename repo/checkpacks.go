@@ -8,19 +8,24 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"golang.org/x/sync/errgroup"
+
+	"pgthaw/repo/store"
 )
 
 // checkedPack is a pack that some pack list, or some map, names.
 type checkedPack struct {
-	id     PackID
-	no     uint32   // in the order in which packs were met
-	size   packSize // that it is to have
-	stored int64    // bytes that it has; -1: it is not there
-	broken bool     // it is not there, has another size, or its header or table of contents cannot be believed
+	id      PackID
+	no      uint32   // in the order in which packs were met
+	size    packSize // that it is to have
+	stored  int64    // bytes that it, or its edition, has; -1: it is not there
+	edition string   // key of the edition that stands for it; "": none
+	broken  bool     // it is not there, has another size, or its header or table of contents cannot be believed
 }
+
+// object is the key under which its pieces lie.
+func (p *checkedPack) object() string { return cmp.Or(p.edition, p.id.key()) }
 
 // place is a piece: its pack's number and its offset. Offset 0, where no piece can be, is the pack itself.
 type place struct{ pack, offset uint32 }
@@ -95,18 +100,19 @@ func (c *checker) checkPacks(ctx context.Context) error {
 
 // listPacks finds out which packs are there, and how large.
 func (c *checker) listPacks(ctx context.Context) error {
-	c.unlisted = map[PackID]int64{}
+	c.unlisted, c.editions = map[PackID]int64{}, map[string]int64{}
 	for o, err := range c.r.store.List(ctx, packsRoot) {
 		if err != nil {
 			return fmt.Errorf("list %s: %w", packsRoot, err)
 		}
-		id, ok := packOfKey(o.Key)
-		if !ok {
-			continue // nobody reads it
-		}
-		if p := c.packs[id]; p != nil {
+		id, no, ok := editionOfKey(o.Key)
+		switch p := c.packs[id]; {
+		case !ok: // nobody reads it
+		case no > 0:
+			c.editions[o.Key] = o.Size
+		case p != nil:
 			p.stored = o.Size
-		} else {
+		default:
 			c.unlisted[id] = o.Size
 		}
 	}
@@ -116,11 +122,6 @@ func (c *checker) listPacks(ctx context.Context) error {
 // packsRoot begins the keys of all packs.
 const packsRoot = "packs/"
 
-func packOfKey(key string) (id PackID, ok bool) {
-	err := id.UnmarshalText([]byte(key[strings.LastIndexByte(key, '/')+1:]))
-	return id, err == nil && id.key() == key
-}
-
 func (c *checker) packsByNo() []*checkedPack {
 	return slices.SortedFunc(maps.Values(c.packs), func(a, b *checkedPack) int { return cmp.Compare(a.no, b.no) })
 }
@@ -128,14 +129,19 @@ func (c *checker) packsByNo() []*checkedPack {
 // checkPack looks at what tells of a pack without its pieces.
 func (c *checker) checkPack(ctx context.Context, p *checkedPack) error {
 	if p.stored < 0 {
-		c.packDamaged(p, corrupt(p.id.key(), "it is missing"), costPack)
-		return nil
+		return c.checkEdition(ctx, p)
 	}
 	if p.stored != int64(p.size.size) {
 		c.packDamaged(p, corrupt(p.id.key(), "it has %d bytes instead of %d", p.stored, p.size.size), costSize)
 		return nil
 	}
-	err := c.checkPackHeader(ctx, p)
+	b, err := c.r.get(ctx, p.id.key(), 0, packHeaderSize)
+	if errors.Is(err, store.ErrNotExist) { // compacted since it was listed
+		return c.checkEdition(ctx, p)
+	}
+	if err == nil {
+		err = c.r.checkPackHeader(p.id, b)
+	}
 	if err == nil && c.o.Maps {
 		_, err = c.toc(ctx, p)
 	} else if err == nil { // nobody asks for it again
@@ -147,17 +153,24 @@ func (c *checker) checkPack(ctx context.Context, p *checkedPack) error {
 	return unanswered(ctx, err)
 }
 
-func (c *checker) checkPackHeader(ctx context.Context, p *checkedPack) error {
-	b, err := c.r.getPack(ctx, p.id, 0, packHeaderSize)
+// checkEdition looks at what stands for a pack that is not there. Without its table nothing of it can be read.
+func (c *checker) checkEdition(ctx context.Context, p *checkedPack) error {
+	p.stored = -1
+	e, err := c.r.newest(ctx, p.id)
 	if err != nil {
-		return err
+		if err := unanswered(ctx, err); err != nil {
+			return err
+		}
+		c.packDamaged(p, err, costPack)
+		var bad *CorruptError
+		if errors.As(err, &bad) && bad.Object != p.id.key() {
+			p.edition = bad.Object
+		}
+		return nil
 	}
-	salt, err := c.r.seals.checkHeader(p.id.key(), b, kindPack)
-	if err != nil {
-		return err
-	}
-	if !slices.Contains([]byte{classData, classHot, classMeta}, b[8]) || [7]byte(b[9:16]) != [7]byte{} || PackID(salt) != p.id {
-		return corrupt(p.id.key(), "its header is another pack's, or none")
+	p.edition, p.stored = e.key, e.size()
+	if size, ok := c.editions[e.key]; ok && size != e.size() {
+		c.packDamaged(p, corrupt(e.key, "it has %d bytes instead of %d", size, e.size()), costSize)
 	}
 	return nil
 }
@@ -174,11 +187,11 @@ func (c *checker) toc(ctx context.Context, p *checkedPack) (*packTOC, error) {
 	})
 }
 
-// readTOC reads a pack's table of contents and compares it with the pack's size.
+// readTOC reads a pack's table of contents and compares it with the pack's size, or what an edition holds.
 func (c *checker) readTOC(ctx context.Context, p *checkedPack) (*packTOC, error) {
 	t, err := c.r.readTOC(ctx, p.id, p.size)
-	if err != nil {
-		return nil, err
+	if err != nil || t.edition {
+		return t, err
 	}
 	if end, at := t.end(), p.size.size-p.size.toc-packTrailerSize; end != at {
 		return nil, corrupt(p.id.key(), "its pieces end at %d, its table of contents begins at %d", end, at)
@@ -223,11 +236,11 @@ func (c *checker) measure(ctx context.Context, p *checkedPack) error {
 		return nil
 	}
 	p.stored, p.size.size = size, uint32(size)
-	b, err := c.r.getPack(ctx, p.id, max(0, size-packTrailerSize), min(size, packTrailerSize))
+	b, err := c.r.get(ctx, p.id.key(), max(0, size-packTrailerSize), min(size, packTrailerSize))
 	if err == nil && len(b) == packTrailerSize {
 		p.size.toc = binary.LittleEndian.Uint32(b[4:])
 	}
-	return unanswered(ctx, err)
+	return errorIf(!errors.Is(err, store.ErrNotExist), unanswered(ctx, err))
 }
 
 // locate compares a reference with its pack: a piece of that kind, length and ID lies there. size is that of its content,
@@ -241,7 +254,7 @@ func (c *checker) locate(ctx context.Context, ref Ref, kind byte) (at place, siz
 	switch {
 	case p.stored < 0:
 		return at, 0, errKnown
-	case int64(ref.Offset)+int64(ref.Length) > p.stored:
+	case p.edition == "" && int64(ref.Offset)+int64(ref.Length) > p.stored:
 		return at, 0, ref.corrupt("the pack ends before")
 	case p.broken:
 		return at, ChunkSize, nil
@@ -280,7 +293,7 @@ func (c *checker) reportPacks(ctx context.Context) error {
 		if d.pieces == 0 && p.stored >= 0 && c.allRead {
 			d.cost = costIntact
 		}
-		c.report(Finding{Object: p.id.key(), Err: d.summary(), Cost: d.cost, Backups: d.hits})
+		c.report(Finding{Object: p.object(), Err: d.summary(), Cost: d.cost, Backups: d.hits})
 	}
 	return err
 }

@@ -175,16 +175,10 @@ func (c *copier) hot(ctx context.Context, id PackID) (bool, error) {
 	if ok {
 		return class == classHot, nil
 	}
-	header, err := c.from.getPack(ctx, id, 0, packHeaderSize)
-	if err == nil {
-		_, err = c.from.seals.checkHeader(id.key(), header, kindPack)
-	}
-	switch {
-	case err == nil:
-		class = header[8]
-	case errors.Is(err, ErrCorrupt):
+	class, err := c.from.packClass(ctx, id)
+	if errors.Is(err, ErrCorrupt) {
 		class = classData
-	default:
+	} else if err != nil {
 		return false, inSource(ctx, err)
 	}
 	c.mu.Lock()

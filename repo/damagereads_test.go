@@ -50,8 +50,9 @@ type wrote struct {
 
 // coldRepository is r with nothing in its caches. Opening it anew would cost more than most reads do.
 func coldRepository(r *Repository) *Repository {
-	return &Repository{url: r.url, store: r.store, config: r.config, log: r.log, digests: r.digests, seals: r.seals, codec: r.codec,
-		chunks: newCache[ID, []byte](defaultCacheBytes), trees: newCache[ID, *Listing](treeCacheBytes), heads: newCache[string, *walHead](treeCacheBytes)}
+	cold := &Repository{url: r.url, store: r.store, config: r.config, log: r.log, digests: r.digests, seals: r.seals, codec: r.codec}
+	cold.emptyCaches(defaultCacheBytes)
+	return cold
 }
 
 // same is errWrongBytes if what was read differs from what was written.

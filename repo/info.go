@@ -177,7 +177,7 @@ func (c *infoCounter) list(ctx context.Context) error {
 		switch kind + "/" {
 		case packsRoot:
 			c.info.Packs.add(o.Size)
-			if id, ok := packOfKey(o.Key); ok && c.packs[id] == nil {
+			if id, _, ok := editionOfKey(o.Key); ok && c.packs[id] == nil {
 				c.addUnlisted(id, o.Size)
 			}
 		case walRoot:

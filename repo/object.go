@@ -8,6 +8,7 @@ const (
 	kindWAL      = 'W'
 	kindPackList = 'L'
 	kindDocument = 'D'
+	kindEdition  = 'E'
 )
 
 // Object header, at the start of every binary object.

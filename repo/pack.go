@@ -94,6 +94,8 @@ type packTOC struct {
 	sizes   []uint32 // content bytes
 	ids     []ID
 	digests [][]byte // of a chunk's pages, pageDigestSize each
+
+	edition bool // it is an edition's: there may be gaps
 }
 
 // add appends a piece that lies behind the last one.
@@ -360,18 +362,56 @@ func (w *packWriters) abandon(ctx context.Context) error {
 	return first
 }
 
-// readTOC reads the table of contents of a pack of known size, in one ranged read.
+// readTOC reads the table of contents of a pack of known size, in one ranged read, or what is left of it in an edition.
 func (r *Repository) readTOC(ctx context.Context, id PackID, size packSize) (*packTOC, error) {
 	n := int64(size.toc) + packTrailerSize
 	at := int64(size.size) - n
 	if at < packHeaderSize {
 		return nil, corrupt(id.key(), "a size of %d with a table of contents of %d", size.size, size.toc)
 	}
-	b, err := r.getPack(ctx, id, at, n)
+	b, err := r.get(ctx, id.key(), at, n)
+	if errors.Is(err, store.ErrNotExist) {
+		e, err := r.newest(ctx, id)
+		if err != nil {
+			return nil, readPackError(id, err)
+		}
+		return e.toc, nil
+	}
 	if err != nil {
-		return nil, err
+		return nil, readPackError(id, err)
 	}
 	return r.parseTOC(id, b, at)
+}
+
+// packClass reads the class of a pack.
+func (r *Repository) packClass(ctx context.Context, id PackID) (class byte, err error) {
+	b, err := r.get(ctx, id.key(), 0, packHeaderSize)
+	if errors.Is(err, store.ErrNotExist) {
+		e, err := r.edition(ctx, id)
+		if err != nil {
+			return 0, readPackError(id, err)
+		}
+		return e.class, nil
+	}
+	if err == nil {
+		err = r.checkPackHeader(id, b)
+	}
+	if err != nil {
+		return 0, readPackError(id, err)
+	}
+	return b[8], nil
+}
+
+// checkPackHeader refuses what is not the header of that pack.
+func (r *Repository) checkPackHeader(id PackID, b []byte) error {
+	salt, err := r.seals.checkHeader(id.key(), b, kindPack)
+	if err != nil {
+		return err
+	}
+	if !validClass(b[8]) || [7]byte(b[9:16]) != [7]byte{} || PackID(salt) != id {
+		return corrupt(id.key(), "its header is another pack's, or none")
+	}
+	return nil
 }
 
 // parseTOC verifies and decodes the end of a pack: its table of contents, which begins at offset at, and its trailer.
@@ -399,17 +439,23 @@ func (r *Repository) parseTOC(id PackID, b []byte, at int64) (*packTOC, error) {
 	return toc, nil
 }
 
-// getPack reads n bytes of a pack from offset off. Nobody asks for a pack that a backup does not need: one that is not
-// there is damage.
+// getPack reads n bytes of a pack from offset off: neighbouring pieces. Where prune has compacted the pack, they come from an edition.
 func (r *Repository) getPack(ctx context.Context, id PackID, off, n int64) ([]byte, error) {
-	b, err := r.get(ctx, id.key(), off, n)
-	if errors.Is(err, store.ErrNotExist) {
-		return nil, corrupt(id.key(), "it is missing")
+	if !r.editions.has(id) {
+		b, err := r.get(ctx, id.key(), off, n)
+		if !errors.Is(err, store.ErrNotExist) {
+			return b, readPackError(id, err)
+		}
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read pack %s: %w", id, err)
+	b, err := r.getCompacted(ctx, id, off, n)
+	return b, readPackError(id, err)
+}
+
+func readPackError(id PackID, err error) error {
+	if err == nil || errors.Is(err, ErrCorrupt) {
+		return err
 	}
-	return b, nil
+	return fmt.Errorf("read pack %s: %w", id, err)
 }
 
 // piece reads, verifies and returns the content of one piece.
@@ -418,6 +464,11 @@ func (r *Repository) piece(ctx context.Context, ref Ref) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return r.pieceContent(ref, sealed)
+}
+
+// pieceContent opens a piece that is no chunk in place, and verifies it.
+func (r *Repository) pieceContent(ref Ref, sealed []byte) ([]byte, error) {
 	frame, err := r.openPiece(ref, sealed)
 	if err != nil {
 		return nil, err

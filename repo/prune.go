@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"slices"
 	"time"
+
+	"pgthaw/repo/store"
 )
 
 // PruneOptions of Prune.
@@ -14,6 +17,9 @@ type PruneOptions struct {
 	Clusters []string      // whose backups the policy is about; none: all clusters'
 	Grace    time.Duration // between a backup's deletion and the loss of its bytes
 	Apply    bool          // false: nothing is changed, and the report tells what would be
+
+	// RepackLimit bounds the bytes of packs that repacking reads and writes. 0: nothing is repacked.
+	RepackLimit int64
 
 	Progress func(phase string, done, total int) // in objects; nil: nobody listens
 }
@@ -34,6 +40,8 @@ type PruneReport struct {
 	Later       PackCount // that only deleted backups refer to: they go with these
 	WAL         []WALRange
 	WALSpared   []SparedWAL
+	Repacked    Repacked
+	Unrepacked  error // damage, because of which nothing was repacked
 }
 
 const pruneOperation = "prune"
@@ -56,7 +64,7 @@ func (r *Repository) Prune(ctx context.Context, o PruneOptions) (*PruneReport, e
 		p.own = s.Info.ID
 		defer func() { _ = s.End(context.WithoutCancel(ctx)) }() // what is left of it the next prune takes away
 	}
-	for _, step := range []func(context.Context) error{p.readClock, p.retain, p.giveUp, p.reclaim, p.reclaimWAL} {
+	for _, step := range []func(context.Context) error{p.readClock, p.retain, p.giveUp, p.reclaim, p.reclaimWAL, p.repack} {
 		if err := step(ctx); err != nil {
 			return p.report, err
 		}
@@ -75,6 +83,8 @@ type pruner struct {
 	floors     []*listedSession    // that say which WAL was pruned
 	ended      map[SessionID]bool  // that would be ended, if anything were changed
 	standalone map[BackupName]bool // that are to be restorable to their own end only
+
+	inventory *inventory // nil: it is not known what is needed
 }
 
 // clusters are those that the prune is about.
@@ -275,13 +285,52 @@ type inventory struct {
 	backups  []*storedBackup
 	used     map[BackupName]bool // by sessions
 	making   map[BackupName]bool // by sessions that have not published it, as far as they say
+	kept     []*keptBackup
 }
 
+// keptBackup is one whose packs stay.
+type keptBackup struct {
+	*storedBackup
+	manifest *Manifest
+}
+
+// packState is a pack with its editions.
 type packState struct {
-	size     int64
-	modified time.Time
-	used     bool // by listed backups
-	waits    bool // deleted ones use it
+	editions uint16    // bit n: edition n is there; bit 0: the pack itself
+	used     bool      // by listed backups
+	waits    bool      // deleted ones use it
+	stated   packSize  // of the pack itself, by pack lists
+	live     uint64    // the most that one backup refers to, by pack lists
+	size     int64     // of the newest edition
+	older    int64     // bytes of the others
+	modified time.Time // of the newest
+}
+
+// newest is the number of the newest edition.
+func (s *packState) newest() int { return bits.Len16(s.editions) - 1 }
+
+// keys are those of the pack and its editions.
+func (s *packState) keys(id PackID) (keys []string) {
+	for no := 0; no <= maxEditions; no++ {
+		if s.editions>>no&1 == 1 {
+			keys = append(keys, id.editionKey(no))
+		}
+	}
+	return keys
+}
+
+func (i *inventory) addPack(id PackID, no int, o store.Object) {
+	s := i.packs[id]
+	if s == nil {
+		s = &packState{}
+		i.packs[id] = s
+	}
+	s.editions |= 1 << no
+	s.older += s.size // keys come in ascending order
+	s.size = o.Size
+	if o.Modified.After(s.modified) {
+		s.modified = o.Modified
+	}
 }
 
 func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
@@ -290,8 +339,8 @@ func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
 		if err != nil {
 			return nil, fmt.Errorf("list packs: %w", err)
 		}
-		if id, ok := packOfKey(o.Key); ok {
-			i.packs[id] = &packState{size: o.Size, modified: o.Modified}
+		if id, no, ok := editionOfKey(o.Key); ok {
+			i.addPack(id, no, o)
 			p.o.Progress("listing packs", len(i.packs), 0)
 		}
 	}
@@ -342,6 +391,7 @@ func (p *pruner) reclaim(ctx context.Context) error {
 	if len(p.report.Unexplained) > 0 {
 		return nil
 	}
+	p.inventory = i
 	return p.sweep(ctx, i)
 }
 
@@ -442,8 +492,10 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 	for _, u := range uses {
 		if s := i.packs[u.pack]; s != nil {
 			s.used, s.waits = s.used || !waits, s.waits || waits
+			s.stated, s.live = u.size, max(s.live, u.live)
 		}
 	}
+	i.kept = append(i.kept, &keptBackup{b, m})
 	return nil
 }
 
@@ -461,25 +513,38 @@ func (p *pruner) sweep(ctx context.Context, i *inventory) error {
 	for id, s := range i.packs {
 		if s.used || s.waits || i.sessions[id.by()] {
 			if s.waits && !s.used {
-				p.report.Later.add(s.size)
+				p.report.Later.add(s.size + s.older)
 			}
 			continue
 		}
 		if p.now.Sub(s.modified) < p.o.Grace {
-			p.report.Dead.add(s.size)
+			p.report.Dead.add(s.size + s.older)
 			continue
 		}
 		dead = append(dead, id)
 	}
 	slices.SortFunc(dead, PackID.compare)
 	for n, id := range dead {
-		if p.o.Apply {
-			if err := p.r.store.Delete(ctx, id.key()); err != nil {
-				return fmt.Errorf("delete pack %s: %w", id, err)
-			}
+		s := i.packs[id]
+		if err := p.deletePack(ctx, id, s.keys(id)); err != nil {
+			return err
 		}
-		p.report.Packs.add(i.packs[id].size)
+		p.report.Packs.add(s.size + s.older)
+		delete(i.packs, id)
 		p.o.Progress("deleting packs", n+1, len(dead))
+	}
+	return nil
+}
+
+// deletePack deletes a pack, or editions of it.
+func (p *pruner) deletePack(ctx context.Context, id PackID, keys []string) error {
+	for _, key := range keys {
+		if !p.o.Apply {
+			continue
+		}
+		if err := p.r.store.Delete(ctx, key); err != nil {
+			return fmt.Errorf("delete pack %s: %w", id, err)
+		}
 	}
 	return nil
 }

@@ -38,6 +38,7 @@ type Place struct {
 const (
 	defaultCacheBytes = 64 << 20
 	treeCacheBytes    = 64 << 20
+	editionCacheBytes = 16 << 20
 )
 
 // Repository is an open repository. Safe for concurrent use.
@@ -57,6 +58,8 @@ type Repository struct {
 	chunks *cache[ID, []byte] // content of chunks and of blocks of WAL: by what it is, never by where it lay
 	trees  *cache[ID, *Listing]
 	heads  *cache[string, *walHead]
+
+	editions *cache[PackID, *edition] // tables of packs that were compacted
 }
 
 // config is the object of the same name: what every reader needs first.
@@ -99,11 +102,16 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 	if o.CacheBytes == 0 {
 		o.CacheBytes = defaultCacheBytes
 	}
-	r.chunks = newCache[ID, []byte](o.CacheBytes)
-	r.trees = newCache[ID, *Listing](treeCacheBytes)
-	r.heads = newCache[string, *walHead](treeCacheBytes)
+	r.emptyCaches(o.CacheBytes)
 	r.remember(o.Memory)
 	return r, r.readConfig(ctx, o)
+}
+
+func (r *Repository) emptyCaches(chunkBytes int64) {
+	r.chunks = newCache[ID, []byte](chunkBytes)
+	r.trees = newCache[ID, *Listing](treeCacheBytes)
+	r.heads = newCache[string, *walHead](treeCacheBytes)
+	r.editions = newCache[PackID, *edition](editionCacheBytes)
 }
 
 func (r *Repository) readConfig(ctx context.Context, o Options) error {

@@ -47,7 +47,7 @@ func TestCrashSimulation(t *testing.T) {
 	for _, what := range slices.Sorted(maps.Keys(stats)) {
 		t.Logf("%8d %s", stats[what], what)
 	}
-	for _, what := range []string{"backups made", "manifests put that were marked before", "ErrGivenUp", "prior was deleted", "backups collected", "packs deleted",
+	for _, what := range []string{"backups made", "manifests put that were marked before", "ErrGivenUp", "prior was deleted", "backups collected", "packs deleted", "editions put", "editions deleted",
 		"listings that show what is gone, or not what is there", "sessions given up"} {
 		if runs >= 1000 && stats[what] == 0 {
 			t.Errorf("it never came to this: %s", what)
@@ -122,6 +122,7 @@ var simFaults = []simFault{
 			return simReply{}, lists > 0 && op.kind == opList && op.key == sessionsPrefix
 		}
 	}},
+	{name: "P9 without the new edition", fault: withoutPut},
 	{name: "P7 without the grace period", fault: when(isPrune, opList, packsRoot, func(op *simOp) (simReply, bool) {
 		var r simReply
 		for o := range (observer{op.h.s}).List(context.Background(), packsRoot) {
@@ -185,9 +186,10 @@ type simulation struct {
 
 // simBackup is a backup whose manifest was put.
 type simBackup struct {
-	name  BackupName
-	needs map[string]bool // keys
-	files map[string][]byte
+	name   BackupName
+	needs  map[string]bool // keys
+	pieces simPieces
+	files  map[string][]byte
 
 	timeline    pg.Timeline
 	first, last uint64 // numbers of its own WAL segments; 0: it has none
@@ -226,8 +228,9 @@ var simTemplateOnce = func() func(t *testing.T) *simTemplate {
 // open opens the repository for one process.
 func (s *simulation) open(st store.Store) *Repository {
 	t := s.template
-	return &Repository{url: "sim:", store: st, config: t.config, log: t.log, digests: t.digests, seals: t.seals, codec: t.codec,
-		chunks: newCache[ID, []byte](1 << 20), trees: newCache[ID, *Listing](1 << 20), heads: newCache[string, *walHead](1 << 20)}
+	r := &Repository{url: "sim:", store: st, config: t.config, log: t.log, digests: t.digests, seals: t.seals, codec: t.codec}
+	r.emptyCaches(1 << 20)
+	return r
 }
 
 // simulate runs one seed.
@@ -468,7 +471,11 @@ func (s *simulation) changed(op *simOp) {
 		s.byHand[name] = s.byHand[name] || strings.HasPrefix(op.h.name, simDeleter.name)
 		s.checkHeld(name, op.no)
 	case strings.HasPrefix(op.key, packsRoot):
-		op.h.wrote[op.key] = true
+		if _, no, _ := editionOfKey(op.key); no > 0 {
+			s.stats["editions put"]++
+		} else {
+			op.h.wrote[op.key] = true
+		}
 	case strings.HasPrefix(op.key, sessionsPrefix) && op.h.protect != nil:
 		op.h.protect.sign = time.Now()
 	}
@@ -485,7 +492,7 @@ func (s *simulation) marked(name BackupName) bool {
 // deleting is called before an object is deleted.
 func (s *simulation) deleting(key string) {
 	for name, b := range s.published {
-		if b.needs[key] && s.listed(name) {
+		if s.listed(name) && s.needed(b, key) {
 			s.violate("%s is deleted, which %s needs", key, name)
 		}
 	}
@@ -493,7 +500,7 @@ func (s *simulation) deleting(key string) {
 		if time.Since(p.sign) >= sessionLife {
 			p.over = true // it has stood still for too long
 		}
-		if b := s.published[p.name]; b != nil && !p.over && b.needs[key] {
+		if b := s.published[p.name]; b != nil && !p.over && s.needed(b, key) {
 			s.violate("%s is deleted, which %s needs, which is being read", key, p.name)
 		}
 	}
@@ -502,6 +509,9 @@ func (s *simulation) deleting(key string) {
 		s.deletingWAL(key)
 	case strings.HasPrefix(key, packsRoot):
 		s.stats["packs deleted"]++
+		if _, no, _ := editionOfKey(key); no > 0 {
+			s.stats["editions deleted"]++
+		}
 	case strings.HasSuffix(key, manifestSuffix):
 		s.stats["backups collected"]++
 	case strings.HasSuffix(key, deletedSuffix):
@@ -533,6 +543,9 @@ func (s *simulation) publishes(op *simOp, name BackupName) {
 	}
 	s.published[name] = b
 	s.checkRecovery(b)
+	if b.pieces, err = piecesOf(s.ctx, r.OpenBackup(m)); err != nil {
+		s.violate("publish %s: %w", name, err)
+	}
 	if err := readAll(s.ctx, r.OpenBackup(m), b.files); err != nil {
 		s.violate("publish %s: %w", name, err)
 	}
@@ -588,7 +601,7 @@ func (s *simulation) write(h *simHandle, rng *rand.Rand) {
 		h.wal = simRange{}
 		m, err := r.WriteBackup(s.ctx, "main", BackupOptions{Prior: prior, Workers: 1}, func(ctx context.Context, w *BackupWriter) (Manifest, error) {
 			for _, p := range []*packer{&w.packs.data, &w.packs.hot, &w.packs.meta} {
-				p.size = 1000
+				p.size = 1000 + 1000*rng.IntN(4)
 			}
 			if s.server == nil {
 				h.think(ctx)
@@ -696,7 +709,7 @@ func (s *simulation) readBackup(h *simHandle, r *Repository, m *Manifest, rng *r
 // prune is a process that prunes, with some policy.
 func (s *simulation) prune(h *simHandle, rng *rand.Rand) {
 	for range 1 + rng.IntN(3) {
-		o := PruneOptions{Policy: Policy{Last: rng.IntN(4)}, Grace: s.grace, Apply: rng.IntN(10) > 0}
+		o := PruneOptions{Policy: Policy{Last: rng.IntN(4)}, Grace: s.grace, Apply: rng.IntN(10) > 0, RepackLimit: int64(rng.IntN(3)) * 3000}
 		if s.server != nil {
 			o.Policy.Window = []time.Duration{0, time.Minute, 30 * time.Hour}[rng.IntN(3)]
 		}
@@ -713,6 +726,9 @@ func (s *simulation) prune(h *simHandle, rng *rand.Rand) {
 		}
 		if len(report.unexplained()) > 0 && o.Apply { // a preview has no clock but the host's
 			s.violate("prune finds %v damaged", report.Unexplained)
+		}
+		if report != nil {
+			err = errors.Join(err, report.Unrepacked)
 		}
 		if errors.Is(err, ErrCorrupt) {
 			s.violate("prune finds damage: %w", err)
@@ -773,7 +789,7 @@ func (s *simulation) settle() {
 	s.letGo(last)
 	for range 3 {
 		time.Sleep(10 * 24 * time.Hour)
-		if _, err := last.Prune(s.ctx, PruneOptions{Grace: s.grace, Apply: true}); err != nil {
+		if _, err := last.Prune(s.ctx, PruneOptions{Grace: s.grace, Apply: true, RepackLimit: 1 << 20}); err != nil {
 			s.violate("the last prune: %w", err)
 			return
 		}
@@ -852,7 +868,13 @@ func (s *simulation) leftovers() {
 			maps.Copy(needed, b.needs)
 		}
 	}
+	if err := s.superfluous(); err != nil {
+		s.violate("%w", err)
+	}
 	for _, key := range s.keys {
+		if id, _, ok := editionOfKey(key); ok && s.object(key) != nil && needed[id.key()] {
+			continue
+		}
 		stays := key == configKey || strings.HasPrefix(key, clustersPrefix) || strings.HasSuffix(key, deletedSuffix) || s.staysBeside(key)
 		if s.object(key) != nil && !stays && !needed[key] {
 			s.violate("%s is left over", key)

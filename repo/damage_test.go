@@ -287,7 +287,7 @@ func (d repoDamage) depth(rng *rand.Rand) CheckOptions {
 	switch d.kind {
 	case "map", "tree", "WAL header", "WAL head":
 		return CheckOptions{Maps: true, ReadData: rng.IntN(2) == 0}
-	case "key slot", "cluster", "manifest", "pack list", "pack header", "table of contents", "trailer":
+	case "key slot", "cluster", "manifest", "pack list", "pack header", "table of contents", "trailer", "edition header", "edition table":
 		return CheckOptions{ReadData: rng.IntN(2) == 0}
 	}
 	return CheckOptions{ReadData: true}
@@ -379,6 +379,8 @@ func nameOf(key string) string {
 		return strings.TrimSuffix(base, manifestSuffix)
 	case strings.HasSuffix(base, packListSuffix):
 		return strings.TrimSuffix(base, packListSuffix)
+	case strings.HasPrefix(key, packsRoot): // of editions, that are gone too, as of the pack
+		return base[:2*len(PackID{})]
 	default:
 		return base
 	}

@@ -37,6 +37,13 @@ func (c *damageCampaign) divide(key string) {
 		}
 		part("table of contents", cuts[toc], cuts[toc+1])
 		part("trailer", cuts[toc+1], end)
+	case "edition":
+		e := editionAt(c.t, c.r, key)
+		part("edition header", 0, editionHeaderSize)
+		part("edition table", editionHeaderSize, e.at[0])
+		for i, piece := range e.toc.kinds {
+			part(pieceKinds[piece], e.at[i], e.at[i+1])
+		}
 	case "WAL":
 		cuts := walCuts(c.t, c.r, key)
 		part("WAL header", 0, cuts[0])
@@ -56,8 +63,10 @@ func (c *damageCampaign) pieceKind(pack []byte, i int) string {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	return map[byte]string{pieceChunk: "chunk", pieceMap: "map", pieceTree: "tree"}[toc.kinds[i]]
+	return pieceKinds[toc.kinds[i]]
 }
+
+var pieceKinds = map[byte]string{pieceChunk: "chunk", pieceMap: "map", pieceTree: "tree"}
 
 // objectKind is what the key says an object is.
 func objectKind(key string) string {
@@ -67,6 +76,9 @@ func objectKind(key string) string {
 		return "pack list"
 	case strings.HasSuffix(key, manifestSuffix):
 		return "manifest"
+	}
+	if _, no, ok := editionOfKey(key); ok && no > 0 {
+		return "edition"
 	}
 	names := map[string]string{"packs": "pack", "wal": "WAL", "clusters": "cluster", "keys": "key slot"}
 	return cmp.Or(names[first], first)

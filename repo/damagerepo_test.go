@@ -95,7 +95,8 @@ func newDamagedRepository(t *testing.T, s store.Store, keys []Key, m *masterKey)
 
 const damagedSegmentSize = 2 << 20
 
-// writeDamaged writes two backups, three segments, of which one has a block of zeros, and a history file.
+// writeDamaged writes two backups, three segments, of which one has a block of zeros, and a history file. What the first backup has
+// in common with one that is deleted lies in an edition.
 func writeDamaged(t *testing.T, r *Repository, files testFiles) wrote {
 	t.Helper()
 	cluster, err := r.BindCluster(t.Context(), "main", testSystemID, damagedSegmentSize)
@@ -112,7 +113,11 @@ func writeDamaged(t *testing.T, r *Repository, files testFiles) wrote {
 			t.Fatal(err)
 		}
 	}
-	w.backups = []wroteBackup{{damagedBackup(t, r, files, nil, 3), maps.Clone(files)}}
+	more := maps.Clone(files)
+	more["pgdata/base/5/7"] = pagesOf(78, 300)
+	deleted := damagedBackup(t, r, more, nil, 3)
+	w.backups = []wroteBackup{{damagedBackup(t, r, files, r.OpenBackup(deleted), 3), maps.Clone(files)}}
+	repackWithout(t, r, deleted)
 	changed := bytes.Clone(files["pgdata/base/5/2"])
 	copy(changed[7*PageSize:], pagesOf(77, 1))
 	files["pgdata/base/5/2"] = changed

@@ -21,7 +21,7 @@ type PruneOptions struct {
 	// RepackLimit bounds the bytes of packs that repacking reads and writes. 0: nothing is repacked.
 	RepackLimit int64
 
-	Progress func(phase string, done, total int) // in objects; nil: nobody listens
+	Progress func(phase string, done, total int64) // in objects; nil: nobody listens
 }
 
 // DefaultGrace is how long a deleted backup can be read on by who opened it before, and how stale a store's listings may be.
@@ -52,9 +52,10 @@ const pruneOperation = "prune"
 //
 // The protocol, and why it is safe: docs/format.md, "Sessions and deletion".
 func (r *Repository) Prune(ctx context.Context, o PruneOptions) (*PruneReport, error) {
-	p := &pruner{r: r, o: o, report: &PruneReport{}, now: time.Now(), marked: map[BackupName]bool{}, standalone: map[BackupName]bool{}, ended: map[SessionID]bool{}}
+	p := &pruner{r: r, o: o, report: &PruneReport{}, now: time.Now(), marked: map[BackupName]bool{}, deleted: map[BackupName]bool{},
+		standalone: map[BackupName]bool{}, ended: map[SessionID]bool{}}
 	if p.o.Progress == nil {
-		p.o.Progress = func(string, int, int) {}
+		p.o.Progress = func(string, int64, int64) {}
 	}
 	if o.Apply {
 		s, err := r.begin(ctx, SessionInfo{Operation: pruneOperation})
@@ -81,6 +82,7 @@ type pruner struct {
 	marked map[BackupName]bool // that would be marked, if anything were changed
 
 	floors     []*listedSession    // that say which WAL was pruned
+	deleted    map[BackupName]bool // that were marked by this prune, or before
 	ended      map[SessionID]bool  // that would be ended, if anything were changed
 	standalone map[BackupName]bool // that are to be restorable to their own end only
 
@@ -196,6 +198,7 @@ func (p *pruner) mark(ctx context.Context, b BackupName, reason string) error {
 	if under, err := p.r.exists(ctx, p.own.key(begunSuffix)); err != nil || !under {
 		return errors.Join(err, errorIf(err == nil, fmt.Errorf("delete backup %s: this prune: %w", b, ErrGivenUp)))
 	}
+	p.deleted[b] = true
 	return p.r.markDeleted(ctx, b, reason)
 }
 
@@ -341,7 +344,7 @@ func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
 		}
 		if id, no, ok := editionOfKey(o.Key); ok {
 			i.addPack(id, no, o)
-			p.o.Progress("listing packs", len(i.packs), 0)
+			p.o.Progress("listing packs", int64(len(i.packs)), 0)
 		}
 	}
 	sessions, err := p.sessions(ctx)
@@ -375,7 +378,7 @@ func (p *pruner) reclaim(ctx context.Context) error {
 	}
 	var kept []*storedBackup
 	for n, b := range i.backups {
-		p.o.Progress("reading backups", n, len(i.backups))
+		p.o.Progress("reading backups", int64(n), int64(len(i.backups)))
 		if keep, err := p.collect(ctx, i, b); err != nil {
 			return err
 		} else if keep {
@@ -383,7 +386,7 @@ func (p *pruner) reclaim(ctx context.Context) error {
 		}
 	}
 	for n, b := range kept {
-		p.o.Progress("reading pack lists", n, len(kept))
+		p.o.Progress("reading pack lists", int64(n), int64(len(kept)))
 		if err := p.markPacks(ctx, i, b); err != nil {
 			return err
 		}
@@ -451,10 +454,22 @@ func (p *pruner) fate(i *inventory, b *storedBackup, held bool) fate {
 		return unexplained
 	case i.used[b.BackupName] || held:
 		return waits
-	case b.manifest && p.o.Grace > 0 && (marked || p.now.Sub(b.deleted) < p.o.Grace):
+	case b.manifest && p.young(b):
 		return waits
 	}
 	return goes
+}
+
+// young tells whether a deletion may be too young to act on. Without a grace period that is one which somebody else put after
+// this prune began: who put a session before that, and saw no deletion, is perhaps not among the sessions that were listed.
+func (p *pruner) young(b *storedBackup) bool {
+	switch {
+	case p.o.Grace > 0:
+		return p.marked[b.BackupName] || p.now.Sub(b.deleted) < p.o.Grace
+	case p.o.Apply:
+		return !b.deleted.Before(p.now) && !p.deleted[b.BackupName]
+	}
+	return false
 }
 
 // lost makes sure that what explains a pack list without manifest did not come after the listing, and is not only missing in
@@ -531,7 +546,7 @@ func (p *pruner) sweep(ctx context.Context, i *inventory) error {
 		}
 		p.report.Packs.add(s.size + s.older)
 		delete(i.packs, id)
-		p.o.Progress("deleting packs", n+1, len(dead))
+		p.o.Progress("deleting packs", int64(n), int64(len(dead)))
 	}
 	return nil
 }

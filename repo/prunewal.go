@@ -170,7 +170,7 @@ func (p *pruner) deleteWAL(ctx context.Context, plan *walPlan, sessions []*liste
 		if stays[i] != "" {
 			continue
 		}
-		p.o.Progress("deleting WAL of "+plan.cluster, i, len(plan.objects))
+		p.o.Progress("deleting WAL of "+plan.cluster, int64(i), int64(len(plan.objects)))
 		if err := p.r.store.Delete(ctx, walKey(plan.cluster, o.name)); err != nil {
 			return fmt.Errorf("delete WAL file %s: %w", o.name, err)
 		}

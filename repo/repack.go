@@ -14,11 +14,12 @@ import (
 // Repacked tells what repacking did, or would do. Bytes read and written are what RepackLimit bounds; which pieces are live is
 // found in file maps and directories, and these are read once besides.
 type Repacked struct {
-	Packs      int
-	Read       int64 // bytes of packs
-	Written    int64
-	Won        int64 // by which the packs became smaller
-	Maps, Left int   // file maps and directories that were read; packs that were left because of the limit
+	Packs   int
+	Read    int64 // bytes of packs
+	Written int64
+	Won     int64 // by which the packs became smaller
+	Maps    int   // file maps and directories that were read
+	Left    int   // packs that were left because of the limit
 }
 
 // repack puts in the place of packs that are mostly dead editions which hold only what is live.
@@ -28,7 +29,6 @@ func (p *pruner) repack(ctx context.Context) error {
 	if p.o.RepackLimit <= 0 || p.inventory == nil {
 		return nil
 	}
-	p.o.Progress("looking for mostly dead packs", 0, 0)
 	r := &repacker{pruner: p, packs: p.candidates()}
 	if len(r.packs) == 0 {
 		return nil
@@ -43,7 +43,7 @@ func (p *pruner) repack(ctx context.Context) error {
 	}
 	todo := slices.DeleteFunc(r.order(), func(c *candidate) bool { return !c.worth() })
 	for n, c := range todo {
-		p.o.Progress("repacking packs", n, len(todo))
+		p.o.Progress("repacking packs", int64(n), int64(len(todo)))
 		if p.report.Repacked.Read+p.report.Repacked.Written+2*c.bytes > p.o.RepackLimit {
 			p.report.Repacked.Left++
 			continue
@@ -115,8 +115,7 @@ func (r *repacker) order() []*candidate {
 // mark finds out which pieces of the candidates the backups refer to. ErrDeleted: one of them went away meanwhile.
 func (r *repacker) mark(ctx context.Context) error {
 	walk := newPieceWalk(r.r, r.keep)
-	for n, b := range r.inventory.kept {
-		r.o.Progress("reading file maps", n, len(r.inventory.kept))
+	for _, b := range r.inventory.kept {
 		err := walk.backup(ctx, r.r.OpenBackup(b.manifest))
 		if errors.Is(err, ErrCorrupt) {
 			err = cmp.Or(r.r.undeleted(ctx, b.BackupName), err)
@@ -125,17 +124,23 @@ func (r *repacker) mark(ctx context.Context) error {
 			return fmt.Errorf("nothing was repacked, for what backup %s needs is not known: %w", b.BackupName, err)
 		}
 	}
-	r.report.Repacked.Maps = len(walk.seen)
 	return nil
 }
 
-func (r *repacker) keep(_ byte, ref Ref) error {
+func (r *repacker) keep(kind byte, ref Ref) error {
 	c := r.packs[ref.Pack]
-	if c == nil {
+	if c == nil && kind == pieceChunk {
 		return nil
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if kind != pieceChunk {
+		r.report.Repacked.Maps++
+		r.o.Progress("reading file maps", int64(r.report.Repacked.Maps), 0)
+	}
+	if c == nil {
+		return nil
+	}
 	if _, known := c.live[ref.Offset]; known || c.live == nil {
 		return nil
 	}

@@ -32,6 +32,25 @@ func cmpLimit(limit int64) int64 {
 	return limit
 }
 
+// repackWithout deletes a backup, and all that tells of it, and has what it leaves repacked at once.
+func repackWithout(t testing.TB, r *Repository, m *Manifest) {
+	t.Helper()
+	for o, err := range r.store.List(t.Context(), sessionsPrefix) {
+		if err = errors.Join(err, r.store.Delete(t.Context(), o.Key)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.markDeleted(t.Context(), m.Name(), "only a test"); err != nil {
+		t.Fatal(err)
+	}
+	if report := repack(t, r, PruneOptions{}); report.Repacked.Packs == 0 || editionsIn(packKeys(t, r.store)) != report.Repacked.Packs {
+		t.Fatalf("%+v", report.Repacked)
+	}
+	if err := r.store.Delete(t.Context(), deletedKey(m.Cluster, m.ID)); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // packKeys are the keys of packs and editions, with their sizes.
 func packKeys(t testing.TB, s store.Store) map[string]int64 {
 	t.Helper()

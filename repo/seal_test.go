@@ -40,6 +40,8 @@ func sealedParts(t *testing.T, r *Repository) []sealedPart {
 		switch b[4] {
 		case kindPack:
 			cuts = packCuts(t, r, b)
+		case kindEdition: // its pieces are sealed as parts of the pack
+			cuts = []int64{editionHeaderSize, editionAt(t, r, key).at[0]}
 		case kindWAL:
 			cuts = walCuts(t, r, key)
 		}
@@ -63,6 +65,16 @@ func packCuts(t *testing.T, r *Repository, b []byte) (cuts []int64) {
 		cuts = append(cuts, int64(at))
 	}
 	return append(cuts, int64(toc.end()), int64(end-packTrailerSize))
+}
+
+func editionAt(t *testing.T, r *Repository, key string) *edition {
+	t.Helper()
+	id, no, _ := editionOfKey(key)
+	e, err := r.openEdition(t.Context(), id, no)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e
 }
 
 func walCuts(t *testing.T, r *Repository, key string) []int64 {

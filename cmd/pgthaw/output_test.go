@@ -43,11 +43,14 @@ func TestTableAligns(t *testing.T) {
 }
 
 func TestProgressLine(t *testing.T) {
-	got := progressLine("backup", 1200<<20, 3400<<20, 624<<20, 2*time.Second)
+	got := (&progress{}).line("backup", 1200<<20, 3400<<20, 624<<20, 2*time.Second)
 	if want := "backup: 1.2 GB of 3.3 GB, 312 MB/s, 7 s left"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	if got := progressLine("sync", 0, 0, 0, 0); got != "sync: 0 bytes" {
+	if got := (&progress{}).line("sync", 0, 0, 0, 0); got != "sync: 0 bytes" {
+		t.Errorf("got %q", got)
+	}
+	if got := (&progress{objects: true}).line("deleting packs", 1500, 4500, 1500, time.Second); got != "deleting packs: 1500 of 4500, 1500/s, 2 s left" {
 		t.Errorf("got %q", got)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 
@@ -17,15 +18,16 @@ const lineEvery = 10 * time.Second
 // progress tells on stderr how far a command is: a bar on a terminal, otherwise a line now and then.
 // Safe for concurrent use.
 type progress struct {
-	w   io.Writer
-	bar bool // w is a terminal
-	now func() time.Time
+	w       io.Writer
+	bar     bool // w is a terminal
+	objects bool // what is counted; else bytes
+	now     func() time.Time
 
 	mu     sync.Mutex // held while writing to w, which orders the output
 	shown  *progressbar.ProgressBar
 	phase  string
 	began  time.Time // of the phase
-	before int64     // bytes done when the phase was first heard of
+	before int64     // done when the phase was first heard of
 	last   time.Time // a line was printed, or the phase began
 }
 
@@ -35,7 +37,7 @@ func newProgress(c *cli.Context) *progress {
 	return &progress{w: c.App.ErrWriter, bar: bar, now: time.Now}
 }
 
-// update takes bytes done of total in a phase of the work. A total of 0 is not known.
+// update takes bytes, or objects, done of total in a phase of the work. A total of 0 is not known.
 func (p *progress) update(phase string, done, total int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -51,7 +53,7 @@ func (p *progress) update(phase string, done, total int64) {
 	}
 	if now := p.now(); now.Sub(p.last) >= lineEvery {
 		p.last = now
-		fmt.Fprintln(p.w, progressLine(phase, done, total, done-p.before, now.Sub(p.began)))
+		fmt.Fprintln(p.w, p.line(phase, done, total, done-p.before, now.Sub(p.began)))
 	}
 }
 
@@ -67,7 +69,7 @@ func (p *progress) begin(phase string, done, total int64) {
 		total = -1
 	}
 	p.shown = progressbar.NewOptions64(total, progressbar.OptionSetWriter(p.w), progressbar.OptionSetDescription(phase),
-		progressbar.OptionShowBytes(true), progressbar.OptionUseIECUnits(true), progressbar.OptionShowCount(),
+		progressbar.OptionShowBytes(!p.objects), progressbar.OptionUseIECUnits(true), progressbar.OptionShowCount(),
 		progressbar.OptionSetPredictTime(true), progressbar.OptionThrottle(100*time.Millisecond),
 		progressbar.OptionClearOnFinish(), progressbar.OptionFullWidth())
 }
@@ -88,17 +90,21 @@ func (p *progress) clear() {
 	p.phase = ""
 }
 
-// progressLine writes "backup: 1.2 GB of 3.4 GB, 312 MB/s, 7 s left". moved is what was done within took.
-func progressLine(phase string, done, total, moved int64, took time.Duration) string {
-	line := fmt.Sprintf("%s: %s", phase, size(done))
+// line writes "backup: 1.2 GB of 3.4 GB, 312 MB/s, 7 s left". moved is what was done within took.
+func (p *progress) line(phase string, done, total, moved int64, took time.Duration) string {
+	amount := size
+	if p.objects {
+		amount = func(n int64) string { return strconv.FormatInt(n, 10) }
+	}
+	line := fmt.Sprintf("%s: %s", phase, amount(done))
 	if total > 0 {
-		line += " of " + size(total)
+		line += " of " + amount(total)
 	}
 	if moved <= 0 || took <= 0 {
 		return line
 	}
 	rate := float64(moved) / took.Seconds()
-	line += fmt.Sprintf(", %s/s", size(int64(rate)))
+	line += fmt.Sprintf(", %s/s", amount(int64(rate)))
 	if total > done {
 		left := time.Duration(float64(total-done) / rate * float64(time.Second))
 		line += fmt.Sprintf(", %s left", duration(left.Round(time.Second)))

@@ -20,7 +20,8 @@ func repoPruneCommand() *cli.Command {
 		Name: "prune", Usage: "show which backups and WAL are not kept, and with --yes delete them", ArgsUsage: "[CLUSTER...]",
 		Description: "A backup is kept if any rule keeps it, is held, or is its cluster's newest. Without a --keep flag all are, and only what\n" +
 			"is dead already is reclaimed. A backup that is deleted cannot be listed or opened from then on; what it consists of goes with the next\n" +
-			"prune after the grace period. WAL that no backup can use goes. Without --yes nothing is changed.\n" +
+			"prune after the grace period. WAL that no backup can use goes. Packs of which half or more is dead are made smaller.\n" +
+			"Without --yes nothing is changed.\n" +
 			"A DURATION is a number and min, h, d or w. Days, weeks, months and years are those of the local zone.",
 		Flags: []cli.Flag{
 			&cli.IntFlag{Name: "keep-last", Usage: "keep the newest `N`", DefaultText: "no such rule"},
@@ -31,6 +32,7 @@ func repoPruneCommand() *cli.Command {
 			&cli.IntFlag{Name: "keep-yearly", Usage: "the same of `N` years", DefaultText: "no such rule"},
 			text("keep-window", "keep what recovery to any point within a `DURATION` from now needs, with the WAL; of other backups only their own WAL"),
 			&cli.StringFlag{Name: "grace", Usage: "leave what is deleted for a `DURATION` to those who use it", DefaultText: "24h"},
+			&cli.StringFlag{Name: "repack-limit", Usage: "read and write at most `SIZE` of packs to make mostly dead ones smaller; 0: none", Value: "10GB"},
 			toggle("yes", "do it"),
 		},
 		Action: repoPrune,
@@ -52,7 +54,11 @@ func repoPrune(c *cli.Context) error {
 			return err
 		}
 	}
+	shown := newProgress(c)
+	shown.objects = true
+	o.Progress = shown.update
 	report, err := r.Prune(c.Context, o)
+	shown.done()
 	if err != nil {
 		return err
 	}
@@ -62,6 +68,7 @@ func repoPrune(c *cli.Context) error {
 	} else {
 		err = out.print(c.App.Writer)
 	}
+	err = errors.Join(err, report.Unrepacked)
 	if len(report.Unexplained) > 0 {
 		err = errors.Join(err, fmt.Errorf("%w: the manifest of backup %s is missing: no pack is deleted", repo.ErrCorrupt, report.Unexplained[0]))
 	}
@@ -69,7 +76,7 @@ func repoPrune(c *cli.Context) error {
 }
 
 func pruneOptions(c *cli.Context) (o repo.PruneOptions, err error) {
-	o = repo.PruneOptions{Clusters: c.Args().Slice(), Grace: repo.DefaultGrace, Apply: c.Bool("yes"), Progress: countOn(c.App.ErrWriter)}
+	o = repo.PruneOptions{Clusters: c.Args().Slice(), Grace: repo.DefaultGrace, Apply: c.Bool("yes")}
 	p := &o.Policy
 	for name, to := range map[string]*int{"keep-last": &p.Last, "keep-daily": &p.Daily, "keep-weekly": &p.Weekly, "keep-monthly": &p.Monthly, "keep-yearly": &p.Yearly} {
 		if *to = c.Int(name); c.IsSet(name) && *to < 1 {
@@ -87,7 +94,24 @@ func pruneOptions(c *cli.Context) (o repo.PruneOptions, err error) {
 			return o, usage("--%s %s: must be more than nothing", name, c.String(name))
 		}
 	}
+	if o.RepackLimit, err = parseSize(c.String("repack-limit")); err != nil {
+		return o, usage("--repack-limit: %w", err)
+	}
 	return o, nil
+}
+
+// parseSize reads a size with one of PostgreSQL's units, which are powers of 1024: "500MB", "10GB". A bare 0 has none.
+func parseSize(s string) (int64, error) {
+	digits := strings.TrimRight(s, "BkMGT")
+	unit, known := map[string]int64{"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}[s[len(digits):]]
+	n, err := strconv.ParseUint(digits, 10, 20)
+	if s == "0" {
+		return 0, nil
+	}
+	if !known || err != nil {
+		return 0, fmt.Errorf("%q is no size: it must be a number and kB, MB, GB or TB", s)
+	}
+	return int64(n) * unit, nil
 }
 
 // parseDuration reads a number and a unit: "14d", "2w", "36h", "90min". m alone could be months.
@@ -104,22 +128,6 @@ func parseDuration(s string) (time.Duration, error) {
 	return time.Duration(n) * unit, nil
 }
 
-// countOn tells now and then how many objects are done.
-func countOn(w io.Writer) func(phase string, done, total int) {
-	last := time.Now()
-	return func(phase string, done, total int) {
-		if time.Since(last) < lineEvery {
-			return
-		}
-		last = time.Now()
-		if total == 0 {
-			fmt.Fprintf(w, "%s: %d\n", phase, done)
-			return
-		}
-		fmt.Fprintf(w, "%s: %d of %d\n", phase, done, total)
-	}
-}
-
 // pruneJSON is what a prune did, or would do.
 type pruneJSON struct {
 	Done        bool              `json:"done"`
@@ -131,6 +139,7 @@ type pruneJSON struct {
 	GivenUp     []givenUpJSON     `json:"given_up"`
 	Packs       packsJSON         `json:"packs"`
 	Later       packsJSON         `json:"packs_later"`
+	Repacked    repackedJSON      `json:"repacked"`
 	WAL         []walRangeJSON    `json:"wal"`
 	WALSpared   []walSparedJSON   `json:"wal_spared"`
 }
@@ -144,6 +153,16 @@ type decisionJSON struct {
 	Keep       bool      `json:"keep"`
 	Standalone bool      `json:"standalone"`
 	Reasons    []string  `json:"reasons"`
+}
+
+// repackedJSON is what became of mostly dead packs.
+type repackedJSON struct {
+	Packs        int   `json:"packs"`
+	ReadBytes    int64 `json:"read_bytes"`
+	WrittenBytes int64 `json:"written_bytes"`
+	WonBytes     int64 `json:"won_bytes"`
+	Maps         int   `json:"maps"`
+	LeftPacks    int   `json:"left_packs"`
 }
 
 type givenUpJSON struct {
@@ -173,9 +192,10 @@ type walSparedJSON struct {
 var walFates = map[repo.WALFate]string{repo.WALStays: "keep", repo.WALWaits: "later", repo.WALGoes: "delete"}
 
 func newPruneJSON(o repo.PruneOptions, r *repo.PruneReport) pruneJSON {
+	p := r.Repacked
 	out := pruneJSON{Done: o.Apply, Rules: o.Policy != (repo.Policy{}), Backups: []decisionJSON{}, GivenUp: []givenUpJSON{},
 		Waiting: orEmpty(r.Waiting), Collected: orEmpty(r.Collected), Unexplained: orEmpty(r.Unexplained), Packs: packsJSON(r.Packs),
-		Later: packsJSON{r.Dead.Packs + r.Later.Packs, r.Dead.Bytes + r.Later.Bytes}, WAL: []walRangeJSON{}, WALSpared: []walSparedJSON{}}
+		Later: packsJSON{r.Dead.Packs + r.Later.Packs, r.Dead.Bytes + r.Later.Bytes}, Repacked: repackedJSON{p.Packs, p.Read, p.Written, p.Won, p.Maps, p.Left}, WAL: []walRangeJSON{}, WALSpared: []walSparedJSON{}}
 	for _, d := range r.Decisions {
 		out.Backups = append(out.Backups, decisionJSON{d.Backup.Cluster, d.Backup.ID, d.Backup.StoppedAt.UTC(), d.Backup.SizeBytes, d.Keep, d.Standalone, d.Reasons})
 	}
@@ -292,6 +312,12 @@ func (p pruneJSON) summary() string {
 	s := fmt.Sprintf("%d of %d backups are not kept. Reclaimed: %s in %d packs, %s in %d WAL files; later: %s in %d packs, %s in %d WAL files.",
 		deleted, len(p.Backups), size(p.Packs.Bytes), p.Packs.Packs, size(goes.Bytes), goes.Packs,
 		size(p.Later.Bytes), p.Later.Packs, size(later.Bytes), later.Packs)
+	if r := p.Repacked; r.Packs > 0 || r.LeftPacks > 0 {
+		s += fmt.Sprintf("\n%d mostly dead packs made smaller by %s: %s read, %s written.", r.Packs, size(r.WonBytes), size(r.ReadBytes), size(r.WrittenBytes))
+	}
+	if left := p.Repacked.LeftPacks; left > 0 {
+		s += fmt.Sprintf(" %d more are left for the next prune, by --repack-limit.", left)
+	}
 	if !p.Rules {
 		s += "\nNo --keep flag was given: every backup is kept."
 	}

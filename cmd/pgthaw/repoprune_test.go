@@ -18,3 +18,16 @@ func TestParseDuration(t *testing.T) {
 		}
 	}
 }
+
+func TestParseSize(t *testing.T) {
+	for s, want := range map[string]int64{"0": 0, "8kB": 8192, "500MB": 500 << 20, "10GB": 10 << 30, "2TB": 2 << 40, "0MB": 0} {
+		if got, err := parseSize(s); err != nil || got != want {
+			t.Errorf("%s is %d, %v, want %d", s, got, err, want)
+		}
+	}
+	for _, s := range []string{"", "GB", "10", "10 GB", "10gb", "10G", "-1GB", "1.5GB", "1GBB", "2000000TB"} {
+		if got, err := parseSize(s); err == nil {
+			t.Errorf("%q is %d", s, got)
+		}
+	}
+}

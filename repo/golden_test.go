@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/hex"
+	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -61,6 +63,9 @@ func checkGolden(t *testing.T, dir string, keys []Key) {
 	if err != nil || len(all) != 2 {
 		t.Fatalf("%d backups, %v", len(all), err)
 	}
+	if editionsIn(packKeys(t, r.store)) == 0 {
+		t.Error("there is no edition")
+	}
 	first, second := goldenFiles()
 	checkFiles(t, r.OpenBackup(all[0]), first)
 	checkFiles(t, r.OpenBackup(all[1]), second)
@@ -96,9 +101,14 @@ func writeGolden(t *testing.T, dir string, keys []Key) {
 		t.Fatal(err)
 	}
 	first, second := goldenFiles()
-	b := writeTestBackup(t, r, first, nil)
+	more := maps.Clone(first)
+	more["pgdata/base/5/7"] = pagesOf(78, 300)
+	deleted := writeTestBackup(t, r, more, nil)
+	b := writeTestBackup(t, r, first, deleted)
+	repackWithout(t, r, deleted.Manifest)
 	writeTestBackup(t, r, second, b)
-	if err := r.PutWAL(t.Context(), "main", goldenWAL, []byte(goldenHistory)); err != nil {
+	err = r.PutWAL(t.Context(), "main", goldenWAL, []byte(goldenHistory))
+	if err = errors.Join(err, os.RemoveAll(filepath.Join(dir, sessionsPrefix))); err != nil { // sessions name this host
 		t.Fatal(err)
 	}
 }

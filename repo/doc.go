@@ -8,11 +8,13 @@
 //	BackupWriter  the writing side, inside WriteBackup, which publishes all or nothing
 //	WALHead       a WAL file without its bytes; PutWAL, WAL, WALNames
 //	Memory        what a host has seen of repositories; Losses, UnlistedWAL, Accept
-//	Policy, Hold  what is kept; Prune, AddHold. retention.go decides about backups, walneeds.go about WAL: both are pure
+//	Policy, Hold  what is kept; Prune, AddHold. retention.go decides about backups, walneeds.go about WAL: both are pure.
+//	              repack.go has edition.go put smaller objects in the place of packs that are mostly dead
 //	Key, KeySlot  what opens an encrypted repository, and what makes it open; Options.Keys, KeySlots
 //
 // What always holds:
 //
+//   - A backup refers to pieces that its writer wrote, or its prior backup refers to: what is dead stays dead, so that it can go.
 //   - An object, once put, never changes. A backup exists when its manifest does, and all that it needs was durable before.
 //   - In an encrypted repository nothing but store keys, key slots and the configuration leaves this room unsealed, and no nonce is
 //     used twice under one key: an object's salt is drawn where its encoding begins (seal.go).
@@ -27,7 +29,7 @@
 // directory. On its way out it passes through tree.go, filemap.go and reader.go.
 //
 // Locks, in the order in which they may be taken: fileJob.mu, packer.mu, packWriters.mu; directory.mu, chunkIndex.mu,
-// liveBytes.mu and cache.mu are leaves. fileJob.mu is held while a chunk of loose pages, or the listing that the file
+// liveBytes.mu, pieceWalk.mu and cache.mu are leaves, and so is repacker.mu but for the Progress that is called under it. fileJob.mu is held while a chunk of loose pages, or the listing that the file
 // completes, is compressed, packer.mu while a full pack waits for an upload to begin: that is what bounds memory. witness.mu
 // is a leaf, held while the host's memory is changed: a file of some 200 bytes. No other lock is held over I/O.
 package repo

@@ -110,7 +110,7 @@ func (k *repackCampaign) try(faults map[int]fault, dies bool) int {
 		k.halves++
 	}
 	for range 2 { // the first may give way to what the one that failed has left
-		if report, err = r.Prune(k.t.Context(), o); err != nil {
+		if _, err := r.Prune(k.t.Context(), o); err != nil {
 			k.t.Errorf("%s: the next prune: %v", describe(faults, s.trace), err)
 		}
 	}

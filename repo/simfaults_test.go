@@ -17,17 +17,11 @@ import (
 type simFault struct {
 	name  string
 	fault func(h *simHandle) func(*simOp) (simReply, bool)
-	who   []simKind            // who has to do with it, a writer and a prune first; nil: writers, prunes, of them one by hand
-	wal   bool                 // it has to do with WAL
 	still func(op *simOp) bool // before what a process stands still for days: chance alone comes to it too seldom
 }
 
-func (f *simFault) kinds() []simKind {
-	if f.who != nil {
-		return f.who
-	}
-	return []simKind{simWriter, simPrune, simWriter, simWriter, simPrune, simPrune, simDeleter}
-}
+// simFaultKinds have to do with a fault: writers, prunes, of them one by hand.
+var simFaultKinds = []simKind{simWriter, simPrune, simWriter, simWriter, simPrune, simPrune, simDeleter}
 
 // TestCrashSimulationFindsFaults knocks steps of the protocol out: the simulation has to notice.
 func TestCrashSimulationFindsFaults(t *testing.T) {
@@ -86,42 +80,11 @@ func inBackup(behind bool, suffix string, answer func(*simOp) (simReply, bool)) 
 	}
 }
 
-// tooEarly lets prunes list something before they do something else, and not when it is its turn, n times from then on.
-func tooEarly(prefix string, n int, before func(op *simOp) bool) func(*simHandle) func(*simOp) (simReply, bool) {
-	return func(h *simHandle) func(*simOp) (simReply, bool) {
-		var early []simReply
-		busy := false
-		return func(op *simOp) (simReply, bool) {
-			switch {
-			case busy || !isPrune(h):
-			case before(op):
-				busy = true
-				r := simReply{}
-				for o, err := range h.List(context.Background(), prefix) {
-					r.page, r.err = append(r.page, o), err
-				}
-				early = slices.Repeat([]simReply{r}, n)
-				busy = false
-			case len(early) > 0 && op.kind == opList && op.key == prefix:
-				r := early[0]
-				early = early[1:]
-				return r, true
-			}
-			return simReply{}, false
-		}
-	}
-}
-
 // asks tells operations of a kind on certain objects.
 func asks(kind, prefix, suffix string) func(*simOp) bool {
 	return func(op *simOp) bool {
 		return op.kind == kind && strings.HasPrefix(op.key, prefix) && strings.HasSuffix(op.key, suffix)
 	}
-}
-
-// putsFloors tells the put of a session that says which WAL was pruned.
-func putsFloors(op *simOp) bool {
-	return asks(opPut, sessionsPrefix, begunSuffix)(op) && bytes.Contains(op.body, []byte(floorsOperation))
 }
 
 var simFaults = []simFault{
@@ -150,31 +113,11 @@ var simFaults = []simFault{
 	{name: "W2 left out", fault: inBackup(false, deletedSuffix, absent), still: func(op *simOp) bool {
 		return isWriter(op.h) && asks(opPut, sessionsPrefix, begunSuffix)(op) || isPrune(op.h) && asks(opDelete, backupsRoot, manifestSuffix)(op)
 	}},
-	{name: "W4 without the floors", wal: true, who: simWALKinds, fault: when(isWriter, opList, sessionsPrefix, swallowed)},
 	{name: "W6 without the word", fault: inBackup(true, givenUpSuffix, absent),
 		still: func(op *simOp) bool { return isWriter(op.h) && asks(opPut, backupsRoot, manifestSuffix)(op) }},
 	{name: "W6 without the deletion", fault: inBackup(true, deletedSuffix, absent),
 		still: func(op *simOp) bool { return isWriter(op.h) && asks(opPut, backupsRoot, manifestSuffix)(op) }},
-	{name: "P2 without its session", who: []simKind{simWriter, simPrune, simPrune, simHold},
-		fault: when(isPrune, opGet, begunSuffix, func(op *simOp) (simReply, bool) {
-			if op.n == 0 { // it asks whether it is there
-				op.h.do(context.Background(), &simOp{kind: opThink, key: "mark"})
-			}
-			return simReply{}, op.n == 0
-		}),
-		still: func(op *simOp) bool { return op.kind == opThink && op.key == "mark" }},
-	{name: "P4 sessions before packs", fault: tooEarly(sessionsPrefix, 1, asks(opList, packsRoot, ""))},
-	{name: "P4 backups before sessions", fault: tooEarly(backupsRoot, 1, asks(opList, packsRoot, "")),
-		still: func(op *simOp) bool { return isPrune(op.h) && op.kind == opList && op.key == sessionsPrefix }},
-	{name: "P8 sessions before floors", wal: true, who: simWALKinds, fault: tooEarly(sessionsPrefix, 1, putsFloors)},
-	{name: "P8 backups listed once", wal: true, who: simWALKinds, fault: tooEarly(backupsPrefix("main"), 2, asks(opList, walRoot, "")),
-		still: func(op *simOp) bool { return isPrune(op.h) && putsFloors(op) }},
-	{name: "holds without looking for prunes", who: []simKind{simWriter, simPrune, simPrune, simHold, simHold},
-		fault: when(func(h *simHandle) bool { return strings.HasPrefix(h.name, simHold.name) }, opList, sessionsPrefix, swallowed)},
 }
-
-// simWALKinds have to do with WAL.
-var simWALKinds = []simKind{simWriter, simPrune, simWriter, simWriter, simPrune, simArchive}
 
 // cleanUpAfterPublishing deletes a backup's packs when the put of its manifest reports an error.
 func cleanUpAfterPublishing(h *simHandle) func(*simOp) (simReply, bool) {

@@ -168,10 +168,7 @@ func (s *simulation) setUp(seed uint64, stats simStats) {
 	}
 	kinds := simKinds
 	if s.fault != nil {
-		kinds = s.fault.kinds()
-		if s.server == nil && s.fault.wal {
-			s.server = newSimServer()
-		}
+		kinds = simFaultKinds
 		s.grace %= DefaultGrace
 		st.stale = min(st.stale, max(0, s.grace-time.Second))
 		st.faults = max(st.faults, 20)

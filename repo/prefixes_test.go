@@ -114,7 +114,7 @@ type ledgerWriter struct {
 }
 
 var ledgerWriters = []ledgerWriter{
-	{name: "repo init", new: true, do: func(ctx context.Context, p *prefixes, r *Repository) error {
+	{name: "repo init", new: true, do: func(ctx context.Context, p *prefixes, _ *Repository) error {
 		r, err := initStore(ctx, p.l, "mem:", Options{Keys: p.keys})
 		if err == nil {
 			err = r.Close()

@@ -490,14 +490,14 @@ func (p *pruner) lost(ctx context.Context, b *storedBackup) (bool, error) {
 // markPacks marks the packs that a backup needs. One that cannot be read needs nobody knows what: nothing is deleted then.
 func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) error {
 	m, err := p.r.readManifest(ctx, b.Cluster, b.Backup)
-	if errors.Is(err, ErrNoBackup) && !b.deleted.IsZero() {
+	if errors.Is(err, ErrNoBackup) && p.isDeleted(ctx, b) && !i.used[b.BackupName] {
 		return nil // another prune collected it meanwhile
 	}
 	var uses []packUse
 	if err == nil {
 		uses, err = p.r.packList(ctx, m)
 	}
-	if err != nil && !b.deleted.IsZero() && p.collected(ctx, b, i.used[b.BackupName]) {
+	if err != nil && p.isDeleted(ctx, b) && p.collected(ctx, b, i.used[b.BackupName]) {
 		return nil
 	}
 	if err != nil {
@@ -512,6 +512,11 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 	}
 	i.kept = append(i.kept, &keptBackup{b, m})
 	return nil
+}
+
+// isDeleted tells whether a backup is marked, by now: it was not when it was listed, if this prune stood still since.
+func (p *pruner) isDeleted(ctx context.Context, b *storedBackup) bool {
+	return !b.deleted.IsZero() || errors.Is(p.r.undeleted(ctx, b.BackupName), ErrDeleted)
 }
 
 // collected tells whether a deleted backup is gone, or was before its manifest came late.

@@ -103,7 +103,7 @@ func (p *pruner) planWAL(ctx context.Context, c Cluster) (*walPlan, error) {
 
 func (p *pruner) planUser(ctx context.Context, b *storedBackup) (*plannedUser, error) {
 	m, err := p.r.readManifest(ctx, b.Cluster, b.Backup)
-	if errors.Is(err, ErrNoBackup) && !b.deleted.IsZero() {
+	if errors.Is(err, ErrNoBackup) && p.isDeleted(ctx, b) {
 		return nil, nil // another prune collected it meanwhile
 	}
 	if err != nil {

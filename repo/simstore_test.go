@@ -126,7 +126,11 @@ type simHandle struct {
 	wrote   map[string]bool   // packs
 	protect *simProtection
 	fault   func(*simOp) (simReply, bool) // answers in the store's place: a step of the protocol that is left out
+	still   func(*simOp) bool             // before what it stands still for days
 }
+
+// standsStill is long enough for everybody else to give a process up.
+const standsStill = 60 * time.Hour
 
 func (h *simHandle) isDead() bool {
 	h.s.mu.Lock()
@@ -150,6 +154,9 @@ func (h *simHandle) do(ctx context.Context, op *simOp) simReply {
 	if !dead {
 		h.s.asked++
 		op.no = h.s.asked
+		if h.still != nil && h.still(op) {
+			h.until = time.Now().Add(standsStill)
+		}
 		h.s.pending = append(h.s.pending, op)
 	}
 	h.s.mu.Unlock()

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,11 +23,12 @@ import (
 	"pgthaw/repo/store"
 )
 
-// TestCrashSimulation runs writers, readers, prunes and checks at once on a store that fails, forgets, repeats and
+// TestCrashSimulation runs writers, readers, prunes, holds, archivers of WAL and checks at once on a store that fails, forgets, repeats and
 // delays, with processes that die or stand still at any step and clocks that jump, and after every operation looks at
 // what docs/format.md, "Sessions and deletion", promises. A seed that fails fails again.
 func TestCrashSimulation(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // handing over to another thread is what takes the time
+	defer debug.SetGCPercent(debug.SetGCPercent(400))
 	runs := rounds(200)
 	if n, err := strconv.Atoi(os.Getenv("PGTHAW_CRASH_ROUNDS")); err == nil {
 		runs = 2000 * n
@@ -47,113 +49,12 @@ func TestCrashSimulation(t *testing.T) {
 	for _, what := range slices.Sorted(maps.Keys(stats)) {
 		t.Logf("%8d %s", stats[what], what)
 	}
-	for _, what := range []string{"backups made", "manifests put that were marked before", "ErrGivenUp", "prior was deleted", "backups collected", "packs deleted", "editions put", "editions deleted",
-		"listings that show what is gone, or not what is there", "sessions given up"} {
+	for _, what := range []string{"backups made", "manifests put that were marked before", "ErrGivenUp", "prior was deleted", "backups collected", "packs deleted",
+		"editions put", "editions deleted", "listings that show what is gone, or not what is there", "sessions given up",
+		"WAL deleted", "timelines", "holds in force", "holds that came too late"} {
 		if runs >= 1000 && stats[what] == 0 {
 			t.Errorf("it never came to this: %s", what)
 		}
-	}
-}
-
-// simFault leaves a step of the protocol out: the store does not do, or does not tell, what that step is about.
-type simFault struct {
-	name  string
-	fault func(h *simHandle) func(*simOp) (simReply, bool)
-	who   []simKind // who has to do with it; nil: writers, prunes, of them one by hand
-}
-
-func (f *simFault) kinds() []simKind {
-	if f.who != nil {
-		return f.who
-	}
-	return []simKind{simWriter, simPrune, simWriter, simWriter, simPrune, simPrune, simDeleter}
-}
-
-// TestCrashSimulationFindsFaults knocks steps of the protocol out: the simulation has to notice.
-func TestCrashSimulationFindsFaults(t *testing.T) {
-	if testing.Short() {
-		t.Skip("half a minute")
-	}
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	for _, f := range simFaults {
-		t.Run(f.name, func(t *testing.T) {
-			const most = 5_000
-			for seed := uint64(1); seed <= most; seed++ {
-				if s := simulate(t, seed, &f, simStats{}); s.violation != nil {
-					t.Logf("seed %d: %v", seed, s.violation)
-					return
-				}
-			}
-			t.Errorf("not found with %d seeds", most)
-		})
-	}
-}
-
-func isWriter(h *simHandle) bool { return strings.HasPrefix(h.name, "writer") }
-func isPrune(h *simHandle) bool  { return strings.HasPrefix(h.name, "prune") }
-
-// when makes a fault of an answer that processes of one kind get.
-func when(who func(*simHandle) bool, kind, suffix string, answer func(*simOp) (simReply, bool)) func(*simHandle) func(*simOp) (simReply, bool) {
-	return func(h *simHandle) func(*simOp) (simReply, bool) {
-		return func(op *simOp) (simReply, bool) {
-			if who(h) && op.kind == kind && strings.HasSuffix(op.key, suffix) {
-				return answer(op)
-			}
-			return simReply{}, false
-		}
-	}
-}
-
-// swallowed answers that something was done.
-func swallowed(*simOp) (simReply, bool) { return simReply{}, true }
-
-var simFaults = []simFault{
-	{name: "W1 left out", fault: when(isWriter, opPut, begunSuffix, swallowed)},
-	{name: "W5 cleaned up after", fault: cleanUpAfterPublishing},
-	{name: "P3 without the mark", fault: when(isPrune, opPut, deletedSuffix, func(op *simOp) (simReply, bool) {
-		return simReply{}, bytes.Contains(op.body, []byte(byGiveUp))
-	})},
-	{name: "P4 without the sessions", fault: func(h *simHandle) func(*simOp) (simReply, bool) {
-		lists := 0
-		return func(op *simOp) (simReply, bool) {
-			if isPrune(h) && op.kind == opList && op.key == packsRoot {
-				lists++
-			}
-			return simReply{}, lists > 0 && op.kind == opList && op.key == sessionsPrefix
-		}
-	}},
-	{name: "P9 without the new edition", fault: withoutPut},
-	{name: "P7 without the grace period", fault: when(isPrune, opList, packsRoot, func(op *simOp) (simReply, bool) {
-		var r simReply
-		for o := range (observer{op.h.s}).List(context.Background(), packsRoot) {
-			o.Modified = time.Time{}
-			r.page = append(r.page, o)
-		}
-		return r, true
-	})},
-}
-
-// cleanUpAfterPublishing deletes a backup's packs when the put of its manifest reports an error.
-func cleanUpAfterPublishing(h *simHandle) func(*simOp) (simReply, bool) {
-	published := false
-	return func(op *simOp) (simReply, bool) {
-		if !isWriter(h) {
-			return simReply{}, false
-		}
-		if published && op.kind == opGet && strings.HasSuffix(op.key, givenUpSuffix) {
-			published = false // the put reported none
-		}
-		if op.kind == opPut && strings.HasSuffix(op.key, manifestSuffix) {
-			published = true
-		} else if published && op.kind == opGet {
-			published = false
-			for _, key := range slices.Clone(h.s.keys) {
-				if strings.HasPrefix(key, packsRoot) && h.wrote[key] {
-					h.s.late = append(h.s.late, &simOp{h: h, kind: opDelete, key: key})
-				}
-			}
-		}
-		return simReply{}, false
 	}
 }
 
@@ -269,7 +170,7 @@ func (s *simulation) setUp(seed uint64, stats simStats) {
 	}
 	kinds := simKinds
 	if s.fault != nil {
-		kinds = s.fault.kinds()
+		kinds = simFaultKinds
 		s.grace %= DefaultGrace
 		st.stale = min(st.stale, max(0, s.grace-time.Second))
 		st.faults = max(st.faults, 20)
@@ -305,7 +206,7 @@ var simKinds = []simKind{simWriter, simPrune, simWriter, simWriter, simPrune, si
 func (s *simulation) start(k simKind, no int, seed uint64) {
 	h := &simHandle{s: s.simStore, no: no, name: fmt.Sprint(k.name, no), wrote: map[string]bool{}, calm: k.name == "check"}
 	if s.fault != nil {
-		h.fault = s.fault.fault(h)
+		h.fault, h.still = s.fault.fault(h), s.fault.still
 	}
 	s.actors = append(s.actors, h)
 	s.running++

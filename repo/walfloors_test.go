@@ -42,6 +42,11 @@ func (s *hookedStore) Delete(ctx context.Context, key string) error {
 	return s.Store.Delete(ctx, key)
 }
 
+func (s *hookedStore) Get(ctx context.Context, key string, off, n int64) ([]byte, error) {
+	s.hook(opGet, key)
+	return s.Store.Get(ctx, key, off, n)
+}
+
 // standbyBackup makes a backup from a standby whose WAL all lies in segment no, which is not full: it refers to no WAL object.
 func standbyBackup(ctx context.Context, r *Repository, no uint64) (*Manifest, error) {
 	wal := simRange{timeline: 1, first: no, last: no, partial: true}
@@ -156,6 +161,26 @@ func TestPruneStandsStillMeetsHold(t *testing.T) {
 		if _, err := r.AddHold(t.Context(), "main", all[2].ID, "audit", time.Time{}); err != nil {
 			t.Error(err)
 		}
+	})
+}
+
+// TestPruneStandsStillMeetsPrune: what was deleted and collected since a prune listed it is no damage.
+func TestPruneStandsStillMeetsPrune(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newWALRepository(t)
+		defer r.Close()
+		all := daily(t, r)
+		err := stillPrune(t, r, PruneOptions{Grace: DefaultGrace, Apply: true}, func(kind, key string) bool {
+			return kind == opGet && key == packListKey("main", all[1].ID)
+		}, func(r *Repository) {
+			if report, err := r.Prune(t.Context(), PruneOptions{Policy: Policy{Last: 1}, Apply: true}); err != nil || len(report.Collected) != 4 {
+				t.Errorf("meanwhile: %+v, %v", report, err)
+			}
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		checkClean(t, r)
 	})
 }
 

@@ -81,12 +81,7 @@ func (d *clusterDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut
 		child := &walDir{place{b: d.b, path: d.childPath(name)}, d.c, d.b.repo.OpenWALTree(d.c)}
 		return d.child(ctx, name, syscall.S_IFDIR, child), 0
 	case latestName:
-		link := &latestLink{place{b: d.b, path: d.childPath(name)}, d.c.Name}
-		number := link.attr(&out.Attr)
-		if number != 0 {
-			return nil, number
-		}
-		return d.child(ctx, name, syscall.S_IFLNK, link), 0
+		return d.lookupLatest(ctx, out)
 	default:
 		return d.lookupBackup(ctx, name, out)
 	}
@@ -100,6 +95,23 @@ func (d *clusterDir) lookupBackup(ctx context.Context, id string, out *fuse.Entr
 	d.b.dirAttr(m.StoppedAt, &out.Attr)
 	child := &backupDir{treeDir{treeNode{inBackup: inBackup{d.b, d.b.repo.OpenBackup(m), "."}}}}
 	return d.child(ctx, id, syscall.S_IFDIR, child), 0
+}
+
+func (d *clusterDir) lookupLatest(ctx context.Context, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	ids, err := d.b.repo.BackupIDs(d.b.ctx, d.c.Name)
+	if err != nil {
+		return nil, d.b.fail("lookup", d.childPath(latestName), err)
+	}
+	if len(ids) == 0 {
+		return nil, syscall.ENOENT
+	}
+	link := &latestLink{b: d.b, id: ids[len(ids)-1]}
+	link.attr(&out.Attr)
+	if known := d.GetChild(latestName); known != nil && known.Operations().(*latestLink).id == link.id {
+		return known, 0
+	}
+	d.b.trimmer.added()
+	return d.NewInode(ctx, link, link.identity(d.path)), 0
 }
 
 func (d *clusterDir) OpendirHandle(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
@@ -117,42 +129,35 @@ func (d *clusterDir) list() ([]fuse.DirEntry, syscall.Errno) {
 		list = append(list, dirEntry(d.path, id, syscall.S_IFDIR))
 	}
 	if len(ids) > 0 {
-		list = append(list, dirEntry(d.path, latestName, syscall.S_IFLNK))
+		link := latestLink{id: ids[len(ids)-1]}
+		list = append(list, fuse.DirEntry{Name: latestName, Mode: syscall.S_IFLNK, Ino: link.identity(d.path).Ino})
 	}
 	return append(list, dirEntry(d.path, walName, syscall.S_IFDIR)), 0
 }
 
-// latestLink leads to the newest backup there is when it is read.
+// latestLink leads to a backup, which was the newest when the name was looked up. Where another one is, the name leads to another link,
+// with numbers of its own: the kernel may keep what it has read of this one. Every path that goes by way of it reads it again,
+// for "ls -lR latest/" several times for each file.
 type latestLink struct {
-	place
-	cluster string
+	fs.Inode
+	b  *browser
+	id string
 }
 
-func (l *latestLink) newest() (string, syscall.Errno) {
-	ids, err := l.b.repo.BackupIDs(l.b.ctx, l.cluster)
-	if err != nil {
-		return "", l.b.fail("readlink", l.path, err)
-	}
-	if len(ids) == 0 {
-		return "", syscall.ENOENT
-	}
-	return ids[len(ids)-1], 0
+func (l *latestLink) identity(dir string) fs.StableAttr {
+	return identity(dir+"/"+latestName+"/"+l.id, syscall.S_IFLNK)
 }
 
-func (l *latestLink) attr(out *fuse.Attr) syscall.Errno {
-	id, number := l.newest()
-	l.b.ownAttr(repo.Entry{Mode: iofs.ModeSymlink | 0o777, Link: id, Size: int64(len(id))}, out)
-	return number
+func (l *latestLink) attr(out *fuse.Attr) {
+	l.b.ownAttr(repo.Entry{Mode: iofs.ModeSymlink | 0o777, Link: l.id, Size: int64(len(l.id))}, out)
 }
 
 func (l *latestLink) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	return l.attr(&out.Attr)
+	l.attr(&out.Attr)
+	return 0
 }
 
-func (l *latestLink) Readlink(context.Context) ([]byte, syscall.Errno) {
-	id, number := l.newest()
-	return []byte(id), number
-}
+func (l *latestLink) Readlink(context.Context) ([]byte, syscall.Errno) { return []byte(l.id), 0 }
 
 // walDir shows the timelines that have WAL.
 type walDir struct {

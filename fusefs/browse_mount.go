@@ -68,7 +68,7 @@ func mountOptions(o BrowseOptions) fuse.MountOptions {
 		FsName: "pgthaw", Name: "pgthaw",
 		AllowOther: o.AllowOther, Options: []string{"default_permissions"},
 		MaxWrite: maxRead, MaxReadAhead: maxRead, MaxBackground: maxBackground,
-		DisableXAttrs: true, ExplicitDataCacheControl: true,
+		DisableXAttrs: true, ExplicitDataCacheControl: true, EnableSymlinkCaching: true,
 		// The kernel asks for attributes beside names only where somebody wants them: a node for each of a million files that are
 		// merely listed costs half a minute.
 		ExtraCapabilities: fuse.CAP_READDIRPLUS_AUTO,

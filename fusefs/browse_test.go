@@ -439,6 +439,15 @@ func TestBrowseForgets(t *testing.T) {
 	expectQuiet(t, c)
 }
 
+func inode(t *testing.T, name string) uint64 {
+	t.Helper()
+	info, err := os.Lstat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Sys().(*syscall.Stat_t).Ino
+}
+
 // TestBrowseSeesWhatIsNew writes to the repository while it is mounted, and takes a backup away.
 func TestBrowseSeesWhatIsNew(t *testing.T) {
 	r, repository := newRepository(t)
@@ -450,6 +459,11 @@ func TestBrowseSeesWhatIsNew(t *testing.T) {
 	if got := names(t, filepath.Join(dir, "main/wal")); got != nil {
 		t.Fatalf("WAL at first: %q", got)
 	}
+	link := filepath.Join(dir, "main/latest")
+	toFirst := inode(t, link)
+	if target, err := os.Readlink(link); err != nil || target != first.ID {
+		t.Fatalf("latest leads to %q, %v", target, err)
+	}
 	tree := sampleTree(rand.New(rand.NewPCG(seed(t), 0)))
 	second := backUp(t, r, tree)
 	bindCluster(t, r, "second")
@@ -458,6 +472,9 @@ func TestBrowseSeesWhatIsNew(t *testing.T) {
 		target, err := os.Readlink(filepath.Join(dir, "main/latest"))
 		return err == nil && target == second.ID
 	})
+	if inode(t, link) == toFirst {
+		t.Error("the kernel may keep where latest led before")
+	}
 	checkTree(t, filepath.Join(dir, "main/latest")+"/", tree)
 	eventually(t, "the new cluster", func() bool { return len(names(t, dir)) == 2 })
 	eventually(t, "the new segment", func() bool { return len(names(t, filepath.Join(dir, "main/wal"))) == 1 })

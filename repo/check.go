@@ -13,10 +13,10 @@ import (
 	"pgthaw/repo/pg"
 )
 
-// CheckOptions of Check. The zero value checks structure: documents, pack lists, each pack's size and table of contents,
-// and that the WAL which backups lead to is there without a gap.
+// CheckOptions of Check. The zero value checks structure: documents and pack lists, that each pack is there and has its size,
+// and that the WAL which backups lead to is there without a gap. It reads nothing of packs.
 type CheckOptions struct {
-	Maps     bool   // also every directory and file map, each place in a pack that they name, and the heads of WAL objects
+	Maps     bool   // also each pack's table of contents, every directory and file map, each place in a pack that they name, and the heads of WAL objects
 	ReadData bool   // also every byte of packs and WAL objects; includes Maps
 	Sample   Sample // what ReadData reads; the zero value: everything
 
@@ -69,8 +69,8 @@ type Checked struct {
 // Check looks at everything in the repository and reports each thing that is wrong; it goes on after each. found is called
 // by one goroutine at a time. The error it returns is that the check itself could not be done, or not to its end.
 //
-// What it keeps in memory: backups' manifests, the names of packs and WAL objects, 12 bytes for each distinct file map,
-// and tables of contents up to a limit.
+// What it keeps in memory: backups' manifests, the names of packs and WAL objects, the numbers of the packs of each distinct
+// file map, and tables of contents up to a limit.
 func (r *Repository) Check(ctx context.Context, o CheckOptions, found func(Finding)) (Checked, error) {
 	o.Maps = o.Maps || o.ReadData
 	c := &checker{r: r, o: o, found: found, packs: map[PackID]*checkedPack{}, damages: map[uint32]*packDamage{},
@@ -89,8 +89,8 @@ func (r *Repository) Check(ctx context.Context, o CheckOptions, found func(Findi
 	return c.done, c.reportPacks(ctx)
 }
 
-// checkTOCBytes bounds the tables of contents kept, without page digests: those of about a terabyte of stored chunks.
-const checkTOCBytes = 256 << 20
+// checkTOCBytes bounds the tables of contents kept, without page digests: those of some hundred gigabytes of stored chunks.
+const checkTOCBytes = 64 << 20
 
 // atOnce is how many small reads go on in parallel: each takes an object store tens of milliseconds.
 const atOnce = 16
@@ -114,6 +114,7 @@ type checker struct {
 	mu      sync.Mutex // a leaf, but for found, which is called under it
 	found   func(Finding)
 	packs   map[PackID]*checkedPack
+	order   []*checkedPack         // packs by number
 	damages map[uint32]*packDamage // by number of the pack
 	bad     map[place]bool         // pieces that are damaged
 }
@@ -291,7 +292,7 @@ func (c *checker) checkManifest(ctx context.Context, cl *checkedCluster, id stri
 func (c *checker) enter(u packUse, m *Manifest) {
 	p, known := c.packs[u.pack]
 	if !known {
-		c.packs[u.pack] = &checkedPack{id: u.pack, no: uint32(len(c.packs)), size: u.size, stored: -1}
+		c.add(&checkedPack{id: u.pack, no: uint32(len(c.order)), size: u.size, stored: -1})
 		return
 	}
 	if p.size != u.size {

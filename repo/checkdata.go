@@ -127,7 +127,7 @@ func (c *checker) readData(ctx context.Context) error {
 
 // sample gives the packs that are to be read, and how many bytes these and the WAL objects to be read have.
 func (c *checker) sample() (packs []*checkedPack, total int64) {
-	for _, p := range c.packsByNo() {
+	for _, p := range c.order {
 		if p.stored >= 0 && c.o.Sample.has(p.id.key()) {
 			packs = append(packs, p)
 			total += p.stored
@@ -151,15 +151,14 @@ func (c *checker) readWAL(ctx context.Context, cl *checkedCluster, name pg.WALNa
 
 // readPack verifies the pieces of a pack. Without a table of contents it verifies the chunks that file maps refer to.
 func (c *checker) readPack(ctx context.Context, p *checkedPack) error {
+	toc, err := c.index(ctx, p)
+	if err != nil {
+		return err
+	}
 	var refs []Ref
-	if p.broken {
+	if toc == nil {
 		refs = c.maps.looseOf(p)
 	} else {
-		toc, err := c.toc(ctx, p)
-		if err != nil {
-			c.packDamaged(p, err, costIndex)
-			return unanswered(ctx, err)
-		}
 		for i, kind := range toc.kinds {
 			ref := toc.ref(p.id, i)
 			if kind == pieceChunk {
@@ -235,7 +234,7 @@ func (c *checker) readChunks(ctx context.Context, p *checkedPack, refs []Ref) er
 		if err == nil {
 			_, err = c.r.decodeChunk(ref, b[ref.Offset-first:][:ref.Length], (*room)[:0])
 		}
-		if err != nil && (p.broken || !errors.Is(err, errNotHeld)) { // else nothing refers to it, and prune has dropped it
+		if err != nil && (p.broken.Load() || !errors.Is(err, errNotHeld)) { // else nothing refers to it, and prune has dropped it
 			c.pieceDamaged(place{p.no, ref.Offset}, err)
 		}
 		err = nil

@@ -27,51 +27,92 @@ type mapChecker struct {
 	loose map[place]Ref    // chunks in packs without a table of contents
 }
 
-// packSets numbers sets of packs. There are few different ones, so that a file map is kept in 12 bytes.
+// packSets numbers sets of packs. There are few different ones, so that a file map is kept in 12 bytes. A directory's set consists
+// of others, which have lower numbers: the packs of a whole cluster are not written down for each backup and directory.
 type packSets struct {
 	numbers map[string]uint32
-	sets    [][]uint32 // numbers of packs, ascending
+	sets    []packSet // the first is the empty one
 }
 
-// number returns that of a set, which may come in any order and with repetitions.
-func (s *packSets) number(packs []uint32) uint32 {
-	slices.Sort(packs)
-	packs = slices.Compact(packs)
-	key := make([]byte, 0, 4*len(packs))
+type packSet struct {
+	packs []uint32 // their numbers, ascending
+	sets  []uint32 // numbers of those that it includes, ascending
+}
+
+const noPacks = 0 // the number of the empty set
+
+func newPackSets() packSets {
+	return packSets{numbers: map[string]uint32{}, sets: make([]packSet, 1)}
+}
+
+// number returns that of the set of these packs and those of other sets, which may come in any order and with repetitions.
+func (s *packSets) number(packs, sets []uint32) uint32 {
+	packs, sets = sorted(packs), sorted(sets)
+	if len(sets) > 0 && sets[0] == noPacks {
+		sets = sets[1:]
+	}
+	switch {
+	case len(packs) == 0 && len(sets) == 0:
+		return noPacks
+	case len(packs) == 0 && len(sets) == 1:
+		return sets[0]
+	}
+	key := binary.LittleEndian.AppendUint32(make([]byte, 0, 4+4*len(packs)+4*len(sets)), uint32(len(packs)))
 	for _, no := range packs {
+		key = binary.LittleEndian.AppendUint32(key, no)
+	}
+	for _, no := range sets {
 		key = binary.LittleEndian.AppendUint32(key, no)
 	}
 	n, known := s.numbers[string(key)]
 	if !known {
 		n = uint32(len(s.sets))
 		s.numbers[string(key)] = n
-		s.sets = append(s.sets, slices.Clone(packs))
+		s.sets = append(s.sets, packSet{slices.Clone(packs), slices.Clone(sets)})
 	}
 	return n
 }
 
-// union is the set of all packs of some sets.
-func (s *packSets) union(numbers []uint32) uint32 {
+func sorted(numbers []uint32) []uint32 {
 	slices.Sort(numbers)
-	numbers = slices.Compact(numbers)
-	if len(numbers) == 1 {
-		return numbers[0]
+	return slices.Compact(numbers)
+}
+
+// all tells of each pack whether a set has it, of so many packs.
+func (s *packSets) all(set uint32, packs int) []bool {
+	has, todo := make([]bool, packs), make([]bool, set+1)
+	todo[set] = true
+	for n := set; n > noPacks; n-- {
+		if !todo[n] {
+			continue
+		}
+		for _, no := range s.sets[n].packs {
+			has[no] = true
+		}
+		for _, no := range s.sets[n].sets {
+			todo[no] = true
+		}
 	}
-	var packs []uint32
-	for _, n := range numbers {
-		packs = append(packs, s.sets[n]...)
+	return has
+}
+
+// without tells of each set whether it has none of the packs that bad is true for.
+func (s *packSets) without(bad func(no uint32) bool) []bool {
+	none := make([]bool, len(s.sets))
+	for i, set := range s.sets {
+		none[i] = !slices.ContainsFunc(set.packs, bad) && !slices.ContainsFunc(set.sets, func(no uint32) bool { return !none[no] })
 	}
-	return s.number(packs)
+	return none
 }
 
 // checkMaps verifies every directory and file map of every backup, and each place that they refer to.
 func (c *checker) checkMaps(ctx context.Context) error {
-	c.maps = &mapChecker{c: c, sets: packSets{numbers: map[string]uint32{}}, seen: map[place]uint32{}, loose: map[place]Ref{}}
+	c.maps = &mapChecker{c: c, sets: newPackSets(), seen: map[place]uint32{}, loose: map[place]Ref{}}
 	for _, cl := range c.clusters {
 		for _, m := range cl.backups {
 			set, err := c.maps.tree(ctx, cl, m, m.Root)
 			if err == nil {
-				err = c.checkListed(ctx, m, c.maps.sets.sets[set])
+				err = c.checkListed(ctx, m, set)
 			}
 			if err != nil {
 				return err
@@ -79,21 +120,21 @@ func (c *checker) checkMaps(ctx context.Context) error {
 		}
 	}
 	c.done.Maps = len(c.maps.seen)
-	return nil
+	return c.checkTOCs(ctx)
 }
 
 // checkListed compares the packs that a backup's files lie in with its pack list. What is not in it may be deleted.
-func (c *checker) checkListed(ctx context.Context, m *Manifest, packs []uint32) error {
+func (c *checker) checkListed(ctx context.Context, m *Manifest, set uint32) error {
 	uses, err := c.r.packList(ctx, m)
 	if err != nil {
 		return unanswered(ctx, err) // reported already
 	}
-	named := make(map[uint32]bool, len(uses))
+	needed := c.maps.sets.all(set, len(c.order))
 	for _, u := range uses {
-		named[c.packs[u.pack].no] = true
+		needed[c.packs[u.pack].no] = false
 	}
-	for _, p := range c.packsByNo() {
-		if _, ok := slices.BinarySearch(packs, p.no); ok && !named[p.no] {
+	for no, needed := range needed {
+		if p := c.order[no]; needed {
 			key := packListKey(m.Cluster, m.ID)
 			c.report(Finding{Object: key, Cluster: m.Cluster, Err: corrupt(key, "it does not name pack %s, which the backup needs", p.id),
 				Cost: "The pack looks as if nothing needed it.", Backups: []Affected{{Cluster: m.Cluster, Backup: m.ID}}})
@@ -110,18 +151,18 @@ func (w *mapChecker) known(at place) (set uint32, ok bool) {
 	return set, ok
 }
 
-// keep remembers what a piece leads to: its own pack, these packs, these sets.
-func (w *mapChecker) keep(at place, packs []uint32, sets []uint32) uint32 {
+// keep remembers what a piece leads to: its own pack, and these sets.
+func (w *mapChecker) keep(at place, sets ...uint32) uint32 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	set := w.sets.union(append(sets, w.sets.number(append(packs, at.pack))))
+	set := w.sets.number([]uint32{at.pack}, sets)
 	w.seen[at] = set
 	return set
 }
 
 // tree checks a directory and all below it, once.
 func (w *mapChecker) tree(ctx context.Context, cl *checkedCluster, m *Manifest, ref Ref) (set uint32, err error) {
-	at, _, err := w.c.locate(ctx, ref, pieceTree)
+	at, _, err := (&locator{c: w.c}).locate(ctx, ref, pieceTree)
 	if set, ok := w.known(at); ok {
 		return set, nil
 	}
@@ -130,18 +171,10 @@ func (w *mapChecker) tree(ctx context.Context, cl *checkedCluster, m *Manifest, 
 		list, err = w.read(ctx, ref)
 	}
 	if err != nil {
-		return w.keep(at, nil, nil), w.bad(ctx, at, err)
+		return w.keep(at), w.bad(ctx, at, err)
 	}
-	sets := make([]uint32, list.Len())
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(atOnce)
-	for i := range sets {
-		sets[i] = w.keepNone()
-		if e := list.At(i); !e.IsDir() {
-			g.Go(func() (err error) { sets[i], err = w.file(gctx, cl, m, at, e); return err })
-		}
-	}
-	if err := g.Wait(); err != nil {
+	sets, err := w.files(ctx, fileChecker{mapChecker: w, cl: cl, m: m, dir: at}, list)
+	if err != nil {
 		return 0, err
 	}
 	for i := range sets {
@@ -152,14 +185,30 @@ func (w *mapChecker) tree(ctx context.Context, cl *checkedCluster, m *Manifest, 
 		}
 	}
 	w.c.progress("check maps", w.c.r.ReadBytes(), 0)
-	return w.keep(at, nil, sets), nil
+	return w.keep(at, sets...), nil
 }
 
-// keepNone is the empty set.
-func (w *mapChecker) keepNone() uint32 {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.sets.number(nil)
+// filesTogether is how many files of a directory one goroutine checks: most have small maps in few packs.
+const filesTogether = 16
+
+// files checks what a directory's files lead to. It returns the set of each entry, noPacks for directories.
+func (w *mapChecker) files(ctx context.Context, f fileChecker, list *Listing) ([]uint32, error) {
+	sets := make([]uint32, list.Len())
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(atOnce)
+	for first := 0; first < len(sets); first += filesTogether {
+		g.Go(func() (err error) {
+			f := f
+			f.pieces.c = w.c
+			for i := first; i < min(first+filesTogether, len(sets)) && err == nil; i++ {
+				if e := list.At(i); !e.IsDir() {
+					sets[i], err = f.file(gctx, e)
+				}
+			}
+			return err
+		})
+	}
+	return sets, g.Wait()
 }
 
 // read reads a directory past all caches: the same content may lie in two places.
@@ -187,55 +236,66 @@ func (w *mapChecker) bad(ctx context.Context, at place, err error) error {
 	return nil
 }
 
-// file checks what a file's entry in the tree at dir leads to.
-func (w *mapChecker) file(ctx context.Context, cl *checkedCluster, m *Manifest, dir place, e Entry) (set uint32, err error) {
+// fileChecker checks files of one directory, one after the other.
+type fileChecker struct {
+	*mapChecker
+	cl     *checkedCluster
+	m      *Manifest
+	dir    place // of the directory's tree
+	pieces locator
+}
+
+// file checks what a file's entry leads to.
+func (f *fileChecker) file(ctx context.Context, e Entry) (set uint32, err error) {
 	switch e.content.kind {
 	case contentWAL:
-		w.walFile(cl, m, e.content.wal)
+		f.walFile(f.cl, f.m, e.content.wal)
 	case contentInlineMap:
-		return w.fileMap(ctx, dir, e)
+		return f.fileMap(ctx, f.dir, e)
 	case contentMap:
-		at, _, err := w.c.locate(ctx, e.content.ref, pieceMap)
-		if set, ok := w.known(at); ok {
+		at, _, err := f.pieces.locate(ctx, e.content.ref, pieceMap)
+		if set, ok := f.known(at); ok {
 			return set, nil
 		}
 		if err != nil {
-			return w.keep(at, nil, nil), w.bad(ctx, at, err)
+			return f.keep(at), f.bad(ctx, at, err)
 		}
-		set, err := w.fileMap(ctx, at, e)
+		set, err := f.fileMap(ctx, at, e)
 		if err == nil {
-			set = w.keep(at, nil, []uint32{set})
+			set = f.keep(at, set)
 		}
 		return set, err
 	}
-	return w.keepNone(), nil
+	return noPacks, nil
 }
 
 // fileMap checks a file's map, which lies in the piece at, and returns the set of packs that it refers to.
-func (w *mapChecker) fileMap(ctx context.Context, at place, e Entry) (set uint32, err error) {
-	m, err := w.c.r.fileMap(ctx, e)
+func (f *fileChecker) fileMap(ctx context.Context, at place, e Entry) (set uint32, err error) {
+	m, err := f.c.r.fileMap(ctx, e)
 	if err != nil {
-		return w.keepNone(), w.bad(ctx, at, err)
+		return noPacks, f.bad(ctx, at, err)
 	}
 	need := m.contentSizes()
 	var packs []uint32
 	for i, ref := range m.chunks {
-		at, size, err := w.c.locate(ctx, ref, pieceChunk)
+		at, size, err := f.pieces.locate(ctx, ref, pieceChunk)
 		if err == nil && size < need[i] {
 			err = ref.corrupt(fmt.Sprintf("%d bytes where a file needs %d", size, need[i]))
 		}
 		if err != nil {
-			if err := w.bad(ctx, at, err); err != nil {
+			if err := f.bad(ctx, at, err); err != nil {
 				return 0, err
 			}
-		} else if w.c.o.ReadData && w.c.knownPack(ref.Pack).broken {
-			w.keepLoose(at, ref)
+		} else if f.c.o.ReadData && f.pieces.toc == nil {
+			f.keepLoose(at, ref)
 		}
-		packs = append(packs, at.pack)
+		if n := len(packs); n == 0 || packs[n-1] != at.pack {
+			packs = append(packs, at.pack)
+		}
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.sets.number(packs), nil
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.sets.number(packs, nil), nil
 }
 
 func (w *mapChecker) keepLoose(at place, ref Ref) {
@@ -275,9 +335,10 @@ func walFileOf(name pg.WALName) string { return "pgdata/pg_wal/" + name.String()
 
 // blame finds the files that something damaged is part of. It looks only where a damaged pack is referred to.
 func (c *checker) blame(ctx context.Context) error {
+	whole := c.maps.sets.without(func(no uint32) bool { return c.damages[no] != nil })
 	for _, cl := range c.clusters {
 		for _, m := range cl.backups {
-			b := blamer{mapChecker: c.maps, m: m}
+			b := blamer{mapChecker: c.maps, m: m, whole: whole}
 			if err := b.directory(ctx, "", m.Root); err != nil {
 				return err
 			}
@@ -290,7 +351,8 @@ func (c *checker) blame(ctx context.Context) error {
 // blamer goes through one backup.
 type blamer struct {
 	*mapChecker
-	m *Manifest
+	m     *Manifest
+	whole []bool // of each set of packs: nothing is damaged in any
 }
 
 // hit enters a file that cannot be read.
@@ -315,14 +377,7 @@ func (b *blamer) lost(ref Ref) (at place, lost bool) {
 }
 
 // sound tells whether nothing is damaged in the packs that a piece leads to.
-func (b *blamer) sound(at place) bool {
-	for _, no := range b.sets.sets[b.seen[at]] {
-		if b.c.damages[no] != nil {
-			return false
-		}
-	}
-	return true
-}
+func (b *blamer) sound(at place) bool { return b.whole[b.seen[at]] }
 
 // directory looks into a directory, whose path is "" or ends in "/".
 func (b *blamer) directory(ctx context.Context, path string, ref Ref) error {

@@ -6,8 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
+	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
@@ -17,11 +16,12 @@ import (
 // checkedPack is a pack that some pack list, or some map, names.
 type checkedPack struct {
 	id      PackID
-	no      uint32   // in the order in which packs were met
-	size    packSize // that it is to have
-	stored  int64    // bytes that it, or its edition, has; -1: it is not there
-	edition string   // key of the edition that stands for it; "": none
-	broken  bool     // it is not there, has another size, or its header or table of contents cannot be believed
+	no      uint32      // in the order in which packs were met
+	size    packSize    // that it is to have
+	stored  int64       // bytes that it, or its edition, has; -1: it is not there
+	edition string      // key of the edition that stood for it when it was listed; "": none
+	broken  atomic.Bool // it is not there, has another size, or its header or table of contents cannot be believed
+	looked  atomic.Bool // header and table of contents were verified
 }
 
 // object is the key under which its pieces lie.
@@ -47,9 +47,11 @@ const (
 	costNothing = "No backup needs it."
 )
 
-// packDamaged keeps what is wrong with a pack as a whole.
+// packDamaged keeps what is wrong with a pack as a whole, once.
 func (c *checker) packDamaged(p *checkedPack, err error, cost string) {
-	p.broken = true
+	if p.broken.Swap(true) {
+		return
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	d := &packDamage{err: err, cost: cost}
@@ -77,23 +79,34 @@ func (c *checker) pieceDamaged(at place, err error) {
 	c.r.log.Info("damage found", "error", err)
 }
 
-// checkPacks compares the pack lists with one listing of the packs, and verifies each pack's header and table of contents.
+// checkPacks compares the pack lists with one listing of the packs. Of those that were compacted it reads the tables.
 func (c *checker) checkPacks(ctx context.Context) error {
 	if err := c.listPacks(ctx); err != nil {
 		return err
 	}
-	c.done.Packs = len(c.packs)
-	var done, total int64
-	packs := c.packsByNo()
-	for _, p := range packs {
-		total += int64(p.size.toc)
-	}
+	c.done.Packs = len(c.order)
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
-	for _, p := range packs {
-		c.progress("check packs", done, total)
-		done += int64(p.size.toc)
-		g.Go(func() error { return c.checkPack(gctx, p) })
+	for _, p := range c.order {
+		if p.stored >= 0 {
+			c.checkSize(p)
+		} else {
+			g.Go(func() error { return c.checkEdition(gctx, p) })
+		}
+	}
+	return g.Wait()
+}
+
+// checkTOCs verifies the header and table of contents of each pack to which no tree and no map led.
+func (c *checker) checkTOCs(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(atOnce)
+	for _, p := range c.order {
+		if p.looked.Load() || p.broken.Load() {
+			continue
+		}
+		c.progress("check packs", c.r.ReadBytes(), 0)
+		g.Go(func() error { _, err := c.index(gctx, p); return err })
 	}
 	return g.Wait()
 }
@@ -122,40 +135,15 @@ func (c *checker) listPacks(ctx context.Context) error {
 // packsRoot begins the keys of all packs.
 const packsRoot = "packs/"
 
-func (c *checker) packsByNo() []*checkedPack {
-	return slices.SortedFunc(maps.Values(c.packs), func(a, b *checkedPack) int { return cmp.Compare(a.no, b.no) })
-}
-
-// checkPack looks at what tells of a pack without its pieces.
-func (c *checker) checkPack(ctx context.Context, p *checkedPack) error {
-	if p.stored < 0 {
-		return c.checkEdition(ctx, p)
-	}
+// checkSize compares a pack that is there with what the pack lists say.
+func (c *checker) checkSize(p *checkedPack) {
 	if p.stored != int64(p.size.size) {
 		c.packDamaged(p, corrupt(p.id.key(), "it has %d bytes instead of %d", p.stored, p.size.size), costSize)
-		return nil
 	}
-	b, err := c.r.get(ctx, p.id.key(), 0, packHeaderSize)
-	if errors.Is(err, store.ErrNotExist) { // compacted since it was listed
-		return c.checkEdition(ctx, p)
-	}
-	if err == nil {
-		err = c.r.checkPackHeader(p.id, b)
-	}
-	if err == nil && c.o.Maps {
-		_, err = c.toc(ctx, p)
-	} else if err == nil { // nobody asks for it again
-		_, err = c.readTOC(ctx, p)
-	}
-	if err != nil {
-		c.packDamaged(p, err, costIndex)
-	}
-	return unanswered(ctx, err)
 }
 
 // checkEdition looks at what stands for a pack that is not there. Without its table nothing of it can be read.
 func (c *checker) checkEdition(ctx context.Context, p *checkedPack) error {
-	p.stored = -1
 	e, err := c.r.newest(ctx, p.id)
 	if err != nil {
 		if err := unanswered(ctx, err); err != nil {
@@ -175,13 +163,39 @@ func (c *checker) checkEdition(ctx context.Context, p *checkedPack) error {
 	return nil
 }
 
-// toc returns a pack's table of contents, without page digests.
+// index returns a pack's table of contents, without page digests. nil: the pack, its header or the table cannot be believed,
+// which is kept.
+func (c *checker) index(ctx context.Context, p *checkedPack) (*packTOC, error) {
+	if p.broken.Load() {
+		return nil, nil
+	}
+	t, err := c.toc(ctx, p)
+	if err == nil {
+		return t, nil
+	}
+	if err := unanswered(ctx, err); err != nil {
+		return nil, err
+	}
+	c.packDamaged(p, err, costIndex)
+	return nil, nil
+}
+
 func (c *checker) toc(ctx context.Context, p *checkedPack) (*packTOC, error) {
 	return c.tocs.get(p.id, func() (*packTOC, int64, error) {
+		if !p.looked.Load() && p.edition == "" {
+			b, err := c.r.get(ctx, p.id.key(), 0, packHeaderSize)
+			if err == nil {
+				err = c.r.checkPackHeader(p.id, b)
+			}
+			if err != nil && !errors.Is(err, store.ErrNotExist) { // else it was compacted since it was listed
+				return nil, 0, err
+			}
+		}
 		t, err := c.readTOC(ctx, p)
 		if err != nil {
 			return nil, 0, err
 		}
+		p.looked.Store(true)
 		t.digests = nil
 		return t, 256 + 25*int64(len(t.kinds)), nil
 	})
@@ -209,18 +223,27 @@ func (c *checker) pack(ctx context.Context, id PackID) (*checkedPack, error) {
 	if p := c.knownPack(id); p != nil {
 		return p, nil
 	}
-	p := &checkedPack{id: id, no: uint32(len(c.packs)), stored: -1}
+	p := &checkedPack{id: id, no: uint32(len(c.order)), stored: -1}
 	err := c.measure(ctx, p)
-	if err == nil {
-		err = c.checkPack(ctx, p)
+	if err == nil && p.stored < 0 {
+		err = c.checkEdition(ctx, p)
 	}
 	if err != nil {
 		return nil, err
 	}
+	if p.stored >= 0 && p.edition == "" {
+		c.checkSize(p)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.packs[id] = p
+	c.add(p)
 	return p, nil
+}
+
+// add enters a pack. Caller holds mu, where others are at work.
+func (c *checker) add(p *checkedPack) {
+	c.packs[p.id] = p
+	c.order = append(c.order, p)
 }
 
 func (c *checker) knownPack(id PackID) *checkedPack {
@@ -237,37 +260,55 @@ func (c *checker) measure(ctx context.Context, p *checkedPack) error {
 	}
 	p.stored, p.size.size = size, uint32(size)
 	b, err := c.r.get(ctx, p.id.key(), max(0, size-packTrailerSize), min(size, packTrailerSize))
+	if errors.Is(err, store.ErrNotExist) { // compacted since it was listed
+		p.stored = -1
+		return nil
+	}
 	if err == nil && len(b) == packTrailerSize {
 		p.size.toc = binary.LittleEndian.Uint32(b[4:])
 	}
-	return errorIf(!errors.Is(err, store.ErrNotExist), unanswered(ctx, err))
+	return unanswered(ctx, err)
+}
+
+// locator finds pieces. References that follow each other mostly lead to one pack, which it remembers.
+type locator struct {
+	c   *checker
+	p   *checkedPack
+	toc *packTOC // of p; nil: it cannot be believed
 }
 
 // locate compares a reference with its pack: a piece of that kind, length and ID lies there. size is that of its content,
 // the most there can be where the pack's table of contents cannot be believed. errKnown: the pack itself is not there.
-func (c *checker) locate(ctx context.Context, ref Ref, kind byte) (at place, size uint32, err error) {
-	p, err := c.pack(ctx, ref.Pack)
-	if err != nil {
-		return at, 0, err
+func (l *locator) locate(ctx context.Context, ref Ref, kind byte) (at place, size uint32, err error) {
+	if l.p == nil || l.p.id != ref.Pack {
+		if err := l.turnTo(ctx, ref.Pack); err != nil {
+			return at, 0, err
+		}
 	}
-	at = place{p.no, ref.Offset}
+	at = place{l.p.no, ref.Offset}
 	switch {
-	case p.stored < 0:
+	case l.p.stored < 0:
 		return at, 0, errKnown
-	case p.edition == "" && int64(ref.Offset)+int64(ref.Length) > p.stored:
+	case l.p.edition == "" && int64(ref.Offset)+int64(ref.Length) > l.p.stored:
 		return at, 0, ref.corrupt("the pack ends before")
-	case p.broken:
+	case l.toc == nil:
 		return at, ChunkSize, nil
 	}
-	toc, err := c.toc(ctx, p)
-	if err != nil {
-		return at, 0, err
-	}
-	i, ok := toc.find(ref.Offset)
-	if !ok || toc.kinds[i] != kind || toc.lengths[i] != ref.Length || toc.ids[i] != ref.ID {
+	i, ok := l.toc.find(ref.Offset)
+	if !ok || l.toc.kinds[i] != kind || l.toc.lengths[i] != ref.Length || l.toc.ids[i] != ref.ID {
 		return at, 0, ref.corrupt("the pack's table of contents does not have the piece that is referred to")
 	}
-	return at, toc.sizes[i], nil
+	return at, l.toc.sizes[i], nil
+}
+
+func (l *locator) turnTo(ctx context.Context, id PackID) (err error) {
+	if l.p, err = l.c.pack(ctx, id); err == nil {
+		l.toc, err = l.c.index(ctx, l.p)
+	}
+	if err != nil {
+		l.p = nil
+	}
+	return err
 }
 
 // errKnown says that what is wrong is reported for the pack as a whole.
@@ -276,7 +317,7 @@ var errKnown = errors.New("its pack is missing")
 // reportPacks reports what is wrong with packs, now that it is known who is hit.
 func (c *checker) reportPacks(ctx context.Context) error {
 	users, err := c.packUsers(ctx)
-	for _, p := range c.packsByNo() {
+	for _, p := range c.order {
 		d := c.damages[p.no]
 		if d == nil {
 			continue
@@ -310,7 +351,7 @@ func (d *packDamage) summary() error {
 // which pack need not be kept for all.
 func (c *checker) packUsers(ctx context.Context) (map[PackID][]Affected, error) {
 	users := map[PackID][]Affected{}
-	for _, p := range c.packs {
+	for _, p := range c.order {
 		if c.damages[p.no] != nil {
 			users[p.id] = nil
 		}

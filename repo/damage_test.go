@@ -285,9 +285,9 @@ func (c *damageCampaign) check(d repoDamage, noticed bool) {
 // depth is that of a check which has to find the damage: the least, or the greatest.
 func (d repoDamage) depth(rng *rand.Rand) CheckOptions {
 	switch d.kind {
-	case "map", "tree", "WAL header", "WAL head":
+	case "map", "tree", "pack header", "table of contents", "trailer", "WAL header", "WAL head":
 		return CheckOptions{Maps: true, ReadData: rng.IntN(2) == 0}
-	case "key slot", "cluster", "manifest", "pack list", "pack header", "table of contents", "trailer", "edition header", "edition table":
+	case "key slot", "cluster", "manifest", "pack list", "edition header", "edition table":
 		return CheckOptions{ReadData: rng.IntN(2) == 0}
 	}
 	return CheckOptions{ReadData: true}

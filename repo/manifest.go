@@ -7,8 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"pgthaw/repo/pg"
 	"pgthaw/repo/store"
@@ -117,17 +120,14 @@ func (r *Repository) Backups(ctx context.Context, cluster string) ([]*Manifest, 
 	if err != nil {
 		return nil, err
 	}
-	var all []*Manifest
-	var bad []error
-	for _, id := range ids {
-		m, err := r.readManifest(ctx, cluster, id)
-		if err != nil {
-			bad = append(bad, err)
-			continue
-		}
-		all = append(all, m)
+	all, bad := make([]*Manifest, len(ids)), make([]error, len(ids))
+	var g errgroup.Group
+	g.SetLimit(atOnce)
+	for i, id := range ids {
+		g.Go(func() error { all[i], bad[i] = r.readManifest(ctx, cluster, id); return nil })
 	}
-	return all, errors.Join(bad...)
+	_ = g.Wait() // the errors are in bad
+	return slices.DeleteFunc(all, func(m *Manifest) bool { return m == nil }), errors.Join(bad...)
 }
 
 // BackupIDs lists the ids of a cluster's backups, oldest first. It is one listing; no manifest is read.

@@ -27,8 +27,10 @@ type syntheticSpec struct {
 	small     int // files of one page
 	databases int // directories, which have an equal share of all files
 	backups   int
-	changed   int // relation segments that change between a backup and the next, all in one database
+	changed   int // relation segments that change between a backup and the next, all in one database: the same at each of its turns
 	wal       int // WAL segments, of 1 MiB, between a backup and the next
+
+	content bool // small files have content, and can be read
 }
 
 // tenTiB is what the repository is made for: 80 million chunks, a million files, 100 backups.
@@ -59,11 +61,11 @@ type synthetic struct {
 	dir  string
 	spec syntheticSpec
 
-	small []Ref              // chunks of the small files
-	first []Ref              // chunks of the first pack
-	trees []Ref              // of the databases
-	maps  []Ref              // of the relation segments
-	later [][]*syntheticPack // of the relation segments: packs with what changed, oldest first
+	small []Ref            // chunks of the small files
+	first []Ref            // chunks of the first pack
+	trees []Ref            // of the databases
+	maps  []Ref            // of the relation segments
+	later []*syntheticPack // of the relation segments: the pack with what changed last; nil: nothing yet
 
 	mu   sync.Mutex
 	live map[PackID]uint64 // by the databases' files and trees
@@ -81,7 +83,7 @@ func newSynthetic(t testing.TB, dir string, spec syntheticSpec, keys ...Key) *sy
 		t.Fatal(err)
 	}
 	s := &synthetic{dir: dir, spec: spec, trees: make([]Ref, spec.databases), maps: make([]Ref, spec.segments),
-		later: make([][]*syntheticPack, spec.segments), live: map[PackID]uint64{}, sizes: map[PackID]packSize{}, rooms: make(chan []byte, runtime.GOMAXPROCS(0))}
+		later: make([]*syntheticPack, spec.segments), live: map[PackID]uint64{}, sizes: map[PackID]packSize{}, rooms: make(chan []byte, runtime.GOMAXPROCS(0))}
 	for range cap(s.rooms) {
 		s.rooms <- make([]byte, 0, dataPackSize+4<<20)
 	}
@@ -231,7 +233,11 @@ func (s *synthetic) writeFiles(ctx context.Context, w *BackupWriter, no int) err
 		if err := s.writeFirst(w); err != nil {
 			return err
 		}
-		if err := s.writeSmall(w); err != nil {
+		write := s.writeSmall
+		if s.spec.content {
+			write = s.writeContent
+		}
+		if err := write(w); err != nil {
 			return err
 		}
 	}
@@ -266,13 +272,16 @@ func (s *synthetic) changes(no int) (segments, databases []int) {
 	n := (s.spec.segments - database + s.spec.databases - 1) / s.spec.databases // segments of the database
 	segments = segments[:0]
 	for i := range min(n, s.spec.changed) {
-		segments = append(segments, database+(no/s.spec.databases*s.spec.changed+i)%n*s.spec.databases)
+		segments = append(segments, database+i*s.spec.databases)
 	}
 	return segments, []int{database}
 }
 
 // writeFirst makes the first pack, whose chunks have content.
 func (s *synthetic) writeFirst(w *BackupWriter) error {
+	if s.spec.segments == 0 {
+		return nil
+	}
 	for i := range syntheticPerPack {
 		content := pagesOf(uint64(i), ChunkPages)
 		id, digests := s.r.digests.sum(content, nil)
@@ -298,6 +307,32 @@ func (s *synthetic) writeSmall(w *BackupWriter) error {
 	return nil
 }
 
+// writeContent makes the small files, a quarter of a page of each being no zeros.
+func (s *synthetic) writeContent(w *BackupWriter) error {
+	s.small = make([]Ref, s.spec.small)
+	var g errgroup.Group
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	const together = 1000
+	for first := 0; first < len(s.small); first += together {
+		g.Go(func() error {
+			page := make([]byte, PageSize)
+			rng := rand.NewPCG(classHot, uint64(first))
+			for i := first; i < min(first+together, len(s.small)); i++ {
+				random(rng, page[:PageSize/4])
+				id, digests := s.r.digests.sum(page, nil)
+				var err error
+				if s.small[i], err = w.packs.hot.add(pieceChunk, page, id, digests); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	err := g.Wait()
+	s.use(nil, s.small)
+	return err
+}
+
 // writeSegment makes the packs and the map of a relation segment, or one pack of what changed of it and the new map.
 func (s *synthetic) writeSegment(w *BackupWriter, no, segment int) error {
 	before := s.chunksOf(segment)
@@ -315,7 +350,7 @@ func (s *synthetic) writeSegment(w *BackupWriter, no, segment int) error {
 		if err := s.writePack(w, p); err != nil {
 			return err
 		}
-		s.later[segment] = append(s.later[segment], p)
+		s.later[segment] = p
 		s.use(before, s.chunksOf(segment))
 	}
 	m := fileMap{size: 1 << 30, chunks: s.chunksOf(segment)}
@@ -330,7 +365,7 @@ func (s *synthetic) packOf(segment, i int) *syntheticPack {
 	return newSyntheticPack(classData, uint64(segment*syntheticPacks+i), syntheticPerPack)
 }
 
-// chunksOf gives the chunks of a relation segment. Every 32nd of them changes at once.
+// chunksOf gives the chunks of a relation segment. One of 32 changes, always the same: so what a change has written dies with the backups up to the next.
 func (s *synthetic) chunksOf(segment int) []Ref {
 	chunks := make([]Ref, 0, syntheticChunks)
 	for i := range syntheticPacks {
@@ -340,9 +375,9 @@ func (s *synthetic) chunksOf(segment int) []Ref {
 			chunks = append(chunks, s.packOf(segment, i).refs...)
 		}
 	}
-	for n, p := range s.later[segment] {
+	if p := s.later[segment]; p != nil {
 		for i, ref := range p.refs {
-			chunks[i*syntheticPacks+1+n%(syntheticPacks-1)] = ref
+			chunks[(i+1)*syntheticPacks-1] = ref
 		}
 	}
 	return chunks
@@ -473,9 +508,11 @@ func (p *syntheticPack) shortest() uint32 {
 	return 130_500
 }
 
-func (p *syntheticPack) random(b []byte) {
+func (p *syntheticPack) random(b []byte) { random(p.rng, b) }
+
+func random(rng *rand.PCG, b []byte) {
 	for ; len(b) > 0; b = b[8:] {
-		binary.LittleEndian.PutUint64(b, p.rng.Uint64())
+		binary.LittleEndian.PutUint64(b, rng.Uint64())
 	}
 }
 
@@ -505,7 +542,8 @@ func (s *synthetic) writePack(w *BackupWriter, p *syntheticPack) error {
 }
 
 // TestMakeSynthetic makes such a repository for the benchmark: PGTHAW_SYNTHETIC is the directory, PGTHAW_SYNTHETIC_SHARE
-// the share of 10 TiB, 1 by default. PGTHAW_SYNTHETIC_FLAT makes all files lie in one directory.
+// the share of 10 TiB, 1 by default. PGTHAW_SYNTHETIC_FLAT makes one backup of the small files only, which have content then and lie in one
+// directory.
 func TestMakeSynthetic(t *testing.T) {
 	dir := os.Getenv("PGTHAW_SYNTHETIC")
 	if dir == "" {
@@ -516,7 +554,7 @@ func TestMakeSynthetic(t *testing.T) {
 		spec = spec.of(share)
 	}
 	if os.Getenv("PGTHAW_SYNTHETIC_FLAT") != "" {
-		spec.segments, spec.databases, spec.backups = 1, 1, 1
+		spec.segments, spec.databases, spec.backups, spec.content = 0, 1, 1, true
 	}
 	newSynthetic(t, dir, spec)
 }

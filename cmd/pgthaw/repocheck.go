@@ -17,9 +17,10 @@ import (
 func repoCheckCommand() *cli.Command {
 	return &cli.Command{
 		Name: "check", Usage: "prove the repository, and say what damage costs",
-		Description: "Without flags it checks structure: every cluster, manifest and pack list, each pack's size and table of contents, and that\n" +
-			"the WAL has no gap. --maps adds every directory and file map, and the place of each chunk that they name. --read-data adds every\n" +
-			"byte, --read-data=5% about a twentieth, another every day. Goes on after what is damaged, names all of it, and says what it costs.",
+		Description: "Without flags it checks structure: every cluster, manifest and pack list, that each pack is there and has its size, and that\n" +
+			"the WAL has no gap. --maps adds each pack's table of contents, every directory and file map, and the place of each chunk that they\n" +
+			"name. --read-data adds every byte, --read-data=5% about a twentieth, another every day. Goes on after what is damaged, names all of\n" +
+			"it, and says what it costs.",
 		Flags: []cli.Flag{
 			toggle("maps", "verify every directory and file map, too"),
 			&readDataFlag{&cli.GenericFlag{Name: "read-data", Value: &percentage{},
@@ -204,7 +205,7 @@ func (k checkJSON) print(w io.Writer, o repo.CheckOptions, whole bool) error {
 	case o.Maps:
 		fmt.Fprintln(w, "Not read: the contents of files and WAL (--read-data)")
 	default:
-		fmt.Fprintln(w, "Not read: directories and file maps (--maps), the contents of files and WAL (--read-data)")
+		fmt.Fprintln(w, "Not read: tables of contents, directories and file maps (--maps), the contents of files and WAL (--read-data)")
 	}
 	_, err := fmt.Fprintf(w, "%s\n", findings(len(k.Findings)))
 	return err

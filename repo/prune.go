@@ -275,6 +275,7 @@ type inventory struct {
 	backups  []*storedBackup
 	used     map[BackupName]bool // by sessions
 	making   map[BackupName]bool // by sessions that have not published it, as far as they say
+	named    map[PackID]bool     // packs, by pack lists, whether or not they are there
 }
 
 type packState struct {
@@ -285,7 +286,8 @@ type packState struct {
 }
 
 func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
-	i := &inventory{packs: map[PackID]*packState{}, sessions: map[SessionID]bool{}, used: map[BackupName]bool{}, making: map[BackupName]bool{}}
+	i := &inventory{packs: map[PackID]*packState{}, sessions: map[SessionID]bool{}, used: map[BackupName]bool{}, making: map[BackupName]bool{},
+		named: map[PackID]bool{}}
 	for o, err := range p.r.store.List(ctx, packsRoot) {
 		if err != nil {
 			return nil, fmt.Errorf("list packs: %w", err)
@@ -342,7 +344,10 @@ func (p *pruner) reclaim(ctx context.Context) error {
 	if len(p.report.Unexplained) > 0 {
 		return nil
 	}
-	return p.sweep(ctx, i)
+	if err := p.sweep(ctx, i); err != nil {
+		return err
+	}
+	return p.forgetDamage(ctx, i.named)
 }
 
 // collect deletes manifest and pack list of a backup whose time has come, or tells that its packs are needed.
@@ -440,6 +445,7 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 	}
 	waits := !b.deleted.IsZero() || p.marked[b.BackupName]
 	for _, u := range uses {
+		i.named[u.pack] = true
 		if s := i.packs[u.pack]; s != nil {
 			s.used, s.waits = s.used || !waits, s.waits || waits
 		}

@@ -40,22 +40,18 @@ type Remedy struct {
 func (r *Repository) Repair(ctx context.Context, o CheckOptions, found func(Remedy)) (Checked, error) {
 	var all []Finding
 	done, err := r.Check(ctx, o, func(f Finding) { all = append(all, f) })
-	if err != nil {
-		for _, f := range all { // what was found until then is worth having
-			found(Remedy{Finding: f, Outcome: Left, Next: nextCheck})
-		}
-		return done, err
-	}
 	k := &repairer{r: r}
 	defer func() { _ = k.session.End(context.WithoutCancel(ctx)) }() // what is left of it prune takes away
 	for _, f := range all {
-		m, err := k.mend(ctx, f)
-		found(m)
-		if err != nil {
-			return done, fmt.Errorf("repair %s: %w", f.Object, err)
+		m := Remedy{Finding: f, Outcome: Left, Next: nextBroken} // what was found until then is worth having
+		if err == nil {
+			if m, err = k.mend(ctx, f); err != nil {
+				err = fmt.Errorf("repair %s: %w", f.Object, err)
+			}
 		}
+		found(m)
 	}
-	return done, nil
+	return done, err
 }
 
 // repairer mends one finding after the other.
@@ -65,7 +61,7 @@ type repairer struct {
 }
 
 const (
-	nextCheck   = "The check did not come to its end: run it again."
+	nextBroken  = "The repair did not come to its end: run it again."
 	nextNewer   = "A newer pgthaw wrote it: use that one."
 	nextMedium  = "The storage did not give its bytes: look at the storage first, then run this again."
 	nextAgain   = "Run it again: what was found is not so any more."

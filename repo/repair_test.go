@@ -330,10 +330,9 @@ func outcomes(all []Remedy) map[string]Outcome {
 func (k *wholeRepo) interrupt(t *testing.T, damage map[string][]byte, at int, f fault, want map[string]Outcome) {
 	t.Helper()
 	s := k.with(t, damage)
-	s.faults, s.dies = map[int]fault{at: f}, true
-	r, err := openStore(t.Context(), s, "memory", Options{Keys: k.keys})
-	if err == nil {
-		_, err = r.Repair(t.Context(), CheckOptions{ReadData: true}, func(Remedy) {})
+	s.faults, s.dies = map[int]fault{at: f}, at%3 > 0
+	if r, err := openStore(t.Context(), s, "memory", Options{Keys: k.keys}); err == nil {
+		_, _ = r.Repair(t.Context(), CheckOptions{ReadData: true}, func(Remedy) {}) // it has to have done no harm, whatever it says
 	}
 	what := fmt.Sprintf("%d, %s, %s", at, s.trace[min(at, len(s.trace))-1], f)
 	s.heal()

@@ -321,3 +321,83 @@ func TestRemovedWALIsNotLost(t *testing.T) {
 		t.Errorf("without its record: %v, %v", lost, err)
 	}
 }
+
+// TestCrashRepair damages a repository at random, repairs it, and makes a backup that compares with the newest one. Whatever was not damaged is
+// as it was, a second repair finds no more than the first has left, and the new backup is whole.
+//
+// PGTHAW_CRASH_ROUNDS times 100 damages, without it 8; PGTHAW_SEED repeats the choices.
+func TestCrashRepair(t *testing.T) {
+	damages := max(8, 100*crashRounds(t))
+	bothSeals(t, func(t *testing.T, keys ...Key) {
+		if len(keys) > 0 {
+			keys = append(keys, newTestKey(t))
+		}
+		c := newDamageCampaign(t, keys)
+		k := &wholeRepo{wrote: c.wrote, keys: keys, objects: c.bodies, r: c.r}
+		made := 0
+		for i := range damages {
+			d := c.flip()
+			if i%2 == 0 {
+				d.undo()
+				d = c.worse()
+			}
+			bodies := maps.Clone(d.bodies)
+			for key, b := range bodies {
+				bodies[key] = bytes.Clone(b) // a flip is undone in place
+			}
+			d.undo()
+			if k.repairCrashed(t, d.what, bodies) {
+				made++
+			}
+		}
+		t.Logf("%d damages, %d backups after them", damages, made)
+		if made < damages/4 {
+			t.Error("hardly any backup could be made")
+		}
+	})
+}
+
+// repairCrashed tells whether the next backup could be made.
+func (k *wholeRepo) repairCrashed(t *testing.T, what string, damage map[string][]byte) bool {
+	t.Helper()
+	s := k.with(t, damage)
+	r, err := openStore(t.Context(), s, "memory", Options{Keys: k.keys})
+	if err != nil {
+		return false // config, or the keys
+	}
+	defer r.Close()
+	first := map[string]Outcome{}
+	if _, err := r.Repair(t.Context(), CheckOptions{ReadData: true}, func(m Remedy) { first[m.Object] = m.Outcome }); err != nil {
+		t.Errorf("%s: %v", what, err)
+	}
+	after := objectsOf(t, s.Mem)
+	for key, b := range k.objects {
+		if _, damaged := damage[key]; !damaged && !bytes.Equal(after[key], b) {
+			t.Errorf("%s: %s is not as it was", what, key)
+		}
+	}
+	for _, m := range repairAll(t, s, k.keys) {
+		if did := first[m.Object]; did != m.Outcome {
+			t.Errorf("%s: %s: %q, and then %q: %v", what, m.Object, did, m.Outcome, m.Err)
+		}
+	}
+	return k.backupCrashed(t, what, s)
+}
+
+func (k *wholeRepo) backupCrashed(t *testing.T, what string, s store.Store) bool {
+	t.Helper()
+	r := openStored(t, s, k.keys...)
+	prior := k.backups[1]
+	m, err := r.WriteBackup(t.Context(), "main", BackupOptions{Prior: r.OpenBackup(prior.m)}, func(_ context.Context, w *BackupWriter) (Manifest, error) {
+		return testManifest(), writeFiles(w, prior.files)
+	})
+	if err != nil {
+		return false
+	}
+	for name, content := range prior.files {
+		if err := (wroteBackup{m, prior.files}).checkRange(t.Context(), openStored(t, s, k.keys...), name, 0, int64(len(content))); err != nil {
+			t.Errorf("%s: the next backup: %v", what, err)
+		}
+	}
+	return true
+}

@@ -56,13 +56,15 @@ func (r *Repository) Repair(ctx context.Context, o CheckOptions, found func(Reme
 
 // repairer mends one finding after the other.
 type repairer struct {
-	r       *Repository
-	session *Session // once something is to be deleted
+	r        *Repository
+	session  *Session // once something is to be deleted
+	isProven bool     // that the configuration is this repository's
 }
 
 const (
 	nextBroken  = "The repair did not come to its end: run it again."
 	nextNewer   = "A newer pgthaw wrote it: use that one."
+	nextForeign = "Nothing in the repository has the digest that its config asks for: that may be the config of another repository. Put the right one back first. Nothing was recorded or removed."
 	nextMedium  = "The storage did not give its bytes: look at the storage first, then run this again."
 	nextAgain   = "Run it again: what was found is not so any more."
 	nextPack    = "Nothing in the repository determines its bytes. From now on no backup refers to it: the next \"pgthaw backup\" stores anew what lies in it, and is whole. The backups named here stay as they are until retention takes them; a copy of them in another repository can be restored from there."
@@ -116,6 +118,11 @@ func (k *repairer) pack(ctx context.Context, m *Remedy) error {
 	if !errors.Is(m.Err, ErrCorrupt) && !errors.Is(m.Err, syscall.EIO) {
 		m.Next = nextMedium
 		return nil
+	}
+	ok, err := k.proven(ctx)
+	if !ok || err != nil {
+		m.Next = nextForeign
+		return err
 	}
 	if err := k.r.recordDamage(ctx, m.Object, m.Err); err != nil {
 		return err

@@ -163,6 +163,31 @@ func TestRepairLeaves(t *testing.T) {
 	})
 }
 
+// TestRepairWithForeignConfig has another repository's config in the place of the right one. With its digest key nothing is whole, and yet
+// nothing is touched.
+func TestRepairWithForeignConfig(t *testing.T) {
+	k := newWholeRepo(t, nil)
+	other := inMemory(t)
+	config, err := other.store.Get(t.Context(), configKey, 0, -1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := k.with(t, map[string][]byte{configKey: config})
+	before := objectsOf(t, s.Mem)
+	all := repairAll(t, s, nil)
+	if len(all) < 5 {
+		t.Errorf("%d findings", len(all))
+	}
+	for _, m := range all {
+		if m.Outcome != Left || m.Next == "" {
+			t.Errorf("%+v", m)
+		}
+	}
+	if !maps.EqualFunc(before, objectsOf(t, s.Mem), bytes.Equal) {
+		t.Error("something changed")
+	}
+}
+
 // TestPushBesideRepair pushes a WAL file again between its record and its removal: it is not called the same, for it is about to go.
 func TestPushBesideRepair(t *testing.T) {
 	k := newWholeRepo(t, nil)

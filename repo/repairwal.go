@@ -35,6 +35,11 @@ func (k *repairer) wal(ctx context.Context, m *Remedy) error {
 		m.Next = nextMedium
 		return unanswered(ctx, err)
 	}
+	ok, err := k.proven(ctx)
+	if !ok || err != nil {
+		m.Next = nextForeign
+		return err
+	}
 	if err := k.alone(ctx); err != nil {
 		return err
 	}

@@ -109,6 +109,10 @@ func (a archived) repairDamage(t *testing.T, d harmed) {
 	if _, err := os.Stat(into); err == nil {
 		t.Error("wal fetch gave something")
 	}
+	if text := a.pgthaw(t, "wal", "list", "main", "--json").ok(t).stdout; !strings.Contains(text, `"missing_before": 1`) {
+		t.Errorf("wal list shows no gap:\n%s", text)
+	}
+	a.pgthaw(t, "list", "main").ok(t)
 	a.pgthaw(t, "wal", "push", "main", d.walFile).ok(t)
 	if got, want := a.checks(t, 16).outcomes(), map[string]string{d.pack: ""}; !maps.Equal(got, want) {
 		t.Errorf("after the repair check finds %v, want %v", got, want)

@@ -97,6 +97,25 @@ func (r *Repository) walDamage(ctx context.Context, cluster string, name pg.WALN
 	return fmt.Errorf("%s: %w", name, ErrNoWAL)
 }
 
+// RemovedWAL are the WAL files of a cluster that WALNames lists although they are gone: they were damaged, and have not been pushed again.
+func (r *Repository) RemovedWAL(ctx context.Context, cluster string) (map[pg.WALName]bool, error) {
+	removed := map[pg.WALName]bool{}
+	objects, err := r.damagedObjects(ctx, walPrefix(cluster))
+	if err != nil {
+		return nil, err
+	}
+	for _, o := range objects {
+		there, err := r.exists(ctx, o.Key)
+		if err != nil {
+			return nil, err
+		}
+		if _, name, err := parseWALKey(o.Key); err == nil && !there {
+			removed[name] = true
+		}
+	}
+	return removed, nil
+}
+
 // forgetDamage deletes the records that nobody needs any more: of packs that no backup names, and of WAL files that are there
 // again or end before every backup starts.
 func (p *pruner) forgetDamage(ctx context.Context, named map[PackID]bool) error {

@@ -331,7 +331,8 @@ func (r *Repository) walBlock(key string, h *walHead, i int, sealed, dst []byte)
 	return nil
 }
 
-// WALNames lists the WAL files of a cluster by timeline and name. It is one listing; no object is read.
+// WALNames lists the WAL files of a cluster by timeline and name, those of RemovedWAL too: they are neither the end of WAL nor files that never
+// were. It is two listings; no object is read.
 func (r *Repository) WALNames(ctx context.Context, cluster string) ([]pg.WALName, error) {
 	var names []pg.WALName
 	for o, err := range r.walObjects(ctx, walPrefix(cluster)) {

@@ -21,6 +21,7 @@ type archive struct {
 	partials  map[segment]bool
 	newest    map[pg.Timeline]uint64 // number of the newest segment or partial segment of a timeline
 	histories map[pg.Timeline]bool
+	removed   map[pg.WALName]bool // among names, but damaged and gone
 }
 
 // segment is the place of a WAL segment.
@@ -44,6 +45,9 @@ func openArchive(ctx context.Context, r *repo.Repository, cluster string) (*arch
 		segments: make(map[segment]bool), partials: make(map[segment]bool),
 		newest: make(map[pg.Timeline]uint64), histories: make(map[pg.Timeline]bool),
 	}
+	if a.removed, err = r.RemovedWAL(ctx, cluster); err != nil {
+		return nil, err
+	}
 	for _, name := range names {
 		if err := a.add(name); err != nil {
 			return nil, fmt.Errorf("list WAL of %s: %w", cluster, err)
@@ -61,13 +65,14 @@ func (a *archive) add(name pg.WALName) error {
 	if err != nil {
 		return err
 	}
-	switch name.Kind {
-	case pg.WALSegment:
-		a.segments[segment{name.Timeline, no}] = true
-	case pg.WALPartial:
-		a.partials[segment{name.Timeline, no}] = true
-	default:
+	switch {
+	case name.Kind == pg.WALBackupHistory:
 		return nil
+	case a.removed[name]: // a gap
+	case name.Kind == pg.WALSegment:
+		a.segments[segment{name.Timeline, no}] = true
+	case name.Kind == pg.WALPartial:
+		a.partials[segment{name.Timeline, no}] = true
 	}
 	a.newest[name.Timeline] = max(a.newest[name.Timeline], no)
 	return nil
@@ -209,6 +214,12 @@ func (p *walPath) findGap(at int, missing uint64) *gap {
 	for i, s := range p.line[at:] {
 		if i > 0 && p.a.size.Start(missing) < s.begin { // the history says that there was more
 			next, found = min(next, p.a.size.Segment(s.begin)+1), true
+		}
+		for name := range p.a.removed {
+			no, err := name.SegmentNo(p.a.size)
+			if err == nil && name.Kind == pg.WALSegment && name.Timeline == s.timeline && no >= missing && p.covers(s, no) {
+				next, found = min(next, no+1), true
+			}
 		}
 		for seg := range p.a.segments {
 			if seg.timeline == s.timeline && seg.no > missing && p.covers(s, seg.no) {

@@ -32,6 +32,8 @@ type Finding struct {
 	Backups []Affected  // that use it, oldest first
 	Window  *LostWindow // that cannot be recovered to; nil: none
 	Note    bool        // nothing is damaged: WAL that was never archived
+
+	Recorded bool // that it is damaged: new backups do not refer to the pack, and the WAL file can be pushed again if it is gone
 }
 
 // Affected is a backup that something damaged is part of.
@@ -105,6 +107,8 @@ type checker struct {
 	maps     *mapChecker
 	allRead  bool // every byte of every pack
 
+	recorded map[string]bool // keys of objects that are recorded as damaged
+
 	bytes atomic.Int64 // of done, while packs and WAL objects are read
 
 	unlisted map[PackID]int64 // packs that are there but in no pack list, with their size
@@ -126,6 +130,7 @@ type checkedCluster struct {
 	ids     []string        // of the manifests that are listed
 	alone   map[string]bool // the ids of those that are restorable to their own end only
 	orphans []string        // of pack lists without a manifest
+	holds   []string        // keys
 	backups []*Manifest     // that can be read, oldest first
 	wal     *clusterWAL
 }
@@ -133,7 +138,7 @@ type checkedCluster struct {
 // run goes through the phases. Manifests come first: what they need was there before them, so what is listed later and lacks
 // something they need is damaged, whatever is written meanwhile.
 func (c *checker) run(ctx context.Context) error {
-	phases := []func(context.Context) error{c.checkKeySlots, c.checkSessions, c.checkBackups, c.checkWAL, c.checkPacks}
+	phases := []func(context.Context) error{c.checkKeySlots, c.checkSessions, c.checkBackups, c.checkHolds, c.checkWAL, c.checkPacks}
 	if c.o.Maps {
 		phases = append(phases, c.checkMaps, c.checkWALObjects)
 	}
@@ -155,6 +160,7 @@ func (c *checker) run(ctx context.Context) error {
 func (c *checker) report(f Finding) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	f.Recorded = c.recorded[f.Object]
 	c.found(f)
 }
 
@@ -223,6 +229,7 @@ func (c *checker) listBackups(ctx context.Context) error {
 	for _, b := range all {
 		cl := c.cluster(b.Cluster)
 		cl.alone[b.Backup] = !b.standalone.IsZero()
+		cl.holds = append(cl.holds, b.holds...)
 		switch {
 		case !b.deleted.IsZero():
 		case b.manifest:
@@ -279,7 +286,7 @@ func (c *checker) checkManifest(ctx context.Context, cl *checkedCluster, id stri
 	uses, err := c.r.packList(ctx, m)
 	if err != nil {
 		c.report(Finding{Object: packListKey(cl.name, id), Cluster: cl.name, Err: err, Backups: []Affected{{Cluster: cl.name, Backup: id}},
-			Cost: "The backup can still be restored, but which packs it needs is not known, and no backup can be made that compares with it: use backup --full."})
+			Cost: "The backup can still be restored, but which packs it needs is not known: the next backup stores everything anew, and prune reclaims nothing."})
 		return unanswered(ctx, err)
 	}
 	for _, u := range uses {
@@ -299,7 +306,7 @@ func (c *checker) enter(u packUse, m *Manifest) {
 		key := packListKey(m.Cluster, m.ID)
 		c.report(Finding{Object: key, Cluster: m.Cluster, Backups: []Affected{{Cluster: m.Cluster, Backup: m.ID}},
 			Err:  corrupt(key, "pack %s has %d bytes there, but %d in the list of another backup", u.pack, u.size.size, p.size.size),
-			Cost: "One of the two is wrong: no backup can be made that compares with that one; use backup --full."})
+			Cost: "One of the two is wrong: what lies in that pack, the next backup may store anew."})
 	}
 }
 

@@ -60,11 +60,11 @@ func (c *checker) checkWALObjects(ctx context.Context) error {
 	return g.Wait()
 }
 
-// walObjects gives the WAL objects of all clusters in the order of their names, but for history files that are known to be damaged.
+// walObjects gives the WAL objects of all clusters in the order of their names, but for those that are known to be damaged.
 func (c *checker) walObjects(yield func(*checkedCluster, pg.WALName) bool) {
 	for _, cl := range c.clusters {
 		for _, name := range slices.SortedFunc(maps.Keys(cl.wal.names), compareWAL) {
-			if name.Kind == pg.WALHistory && cl.wal.unread[name.Timeline] {
+			if name.Kind == pg.WALHistory && cl.wal.unread[name.Timeline] || slices.Contains(cl.wal.gone, name) {
 				continue
 			}
 			if !yield(cl, name) {

@@ -42,8 +42,8 @@ const (
 	costFiles   = "These files cannot be read."
 	costPack    = "Files of these backups cannot be read; repo check --maps names them."
 	costSize    = "Files of these backups cannot be read; repo check --read-data names them."
-	costIndex   = "Files can be read without it, and repo check --read-data tells whether they are whole; but no backup can be made that compares with these: use backup --full."
-	costIntact  = "Every file was read without it; but no backup can be made that compares with these: use backup --full."
+	costIndex   = "Files can be read without it, and repo check --read-data tells whether they are whole; the next backup stores anew what lies in the pack."
+	costIntact  = "Every file was read without it; the next backup stores anew what lies in the pack."
 	costNothing = "No backup needs it."
 )
 

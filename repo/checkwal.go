@@ -24,6 +24,7 @@ type clusterWAL struct {
 	segments  map[pg.Timeline][]uint64 // numbers, ascending
 	backups   []backupRange            // oldest first; none whose manifest names no WAL
 	gaps      []walGap                 // reported
+	gone      []pg.WALName             // that were damaged and have been removed, and are among names
 }
 
 // backupRange is the WAL that a backup needs to be consistent.
@@ -41,11 +42,10 @@ type walGap struct {
 
 // checkWAL lists the WAL of all clusters, and looks at each cluster's document and for gaps.
 func (c *checker) checkWAL(ctx context.Context) error {
-	if err := c.listWAL(ctx); err != nil {
-		return err
-	}
-	if err := c.listClusters(ctx); err != nil {
-		return err
+	for _, list := range []func(context.Context) error{c.listWAL, c.listDamage, c.listClusters} {
+		if err := list(ctx); err != nil {
+			return err
+		}
 	}
 	c.done.Clusters = len(c.clusters)
 	for _, cl := range c.clusters {
@@ -59,6 +59,9 @@ func (c *checker) checkWAL(ctx context.Context) error {
 			continue // no backup, no document: what its segments are nobody knows
 		}
 		if err := cl.wal.check(ctx); err != nil {
+			return err
+		}
+		if err := cl.wal.reportGone(ctx); err != nil {
 			return err
 		}
 	}

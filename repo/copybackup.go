@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"path"
+	"slices"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -68,8 +69,18 @@ func (w was) same(e Entry) bool {
 	return w.ok && a.kind == b.kind && a.ref == b.ref && bytes.Equal(a.bytes, b.bytes) && w.from.Size == e.Size && w.to.Size == e.Size
 }
 
-// directory copies what is in a directory. One that is as it was is not read from the source, nor anything below.
+// trusted is what the prior backup has at a path, unless that lies in a pack of the destination that is known to be damaged.
+func (b *backupCopier) trusted(w was) was {
+	if b.w.prior == nil || b.w.prior.unusable.has(w.to.content.ref.Pack) {
+		return was{}
+	}
+	return w
+}
+
+// directory copies what is in a directory. One that is as it was is not read from the source, nor anything below, unless part of the prior
+// backup is damaged in the destination.
 func (b *backupCopier) directory(name string, dir Entry, prior was) error {
+	prior = b.trusted(prior)
 	tree, list, err := b.listing(dir, prior)
 	if err != nil {
 		return err
@@ -91,7 +102,7 @@ func (b *backupCopier) directory(name string, dir Entry, prior was) error {
 
 // listing returns a directory's tree, and what the prior backup has there.
 func (b *backupCopier) listing(dir Entry, prior was) (tree []byte, list priorListing, err error) {
-	if prior.same(dir) {
+	if prior.same(dir) && b.w.prior.sound() {
 		tree, err = b.to.tree(b.ctx, prior.to)
 		return tree, priorListing{unchanged: true}, err
 	}
@@ -177,8 +188,12 @@ func (b *backupCopier) file(name string, e Entry, prior was) error {
 
 // content makes sure that a file's content is in the destination, and tells where.
 func (b *backupCopier) content(e Entry, prior was) (content, error) {
+	prior = b.trusted(prior)
 	if prior.same(e) && prior.to.content.mapped() {
-		return b.unchanged(prior.to)
+		c, ok, err := b.unchanged(prior.to)
+		if ok || err != nil {
+			return c, err
+		}
 	}
 	m, err := b.from.fileMap(b.ctx, e)
 	if err != nil {
@@ -202,15 +217,18 @@ func (b *backupCopier) content(e Entry, prior was) (content, error) {
 // mapped tells whether it is a file's whose bytes lie in chunks.
 func (c content) mapped() bool { return c.kind == contentMap || c.kind == contentInlineMap }
 
-// unchanged takes over the content of a file in the destination.
-func (b *backupCopier) unchanged(e Entry) (content, error) {
+// unchanged takes over the content of a file in the destination, unless part of it lies in a pack that is known to be damaged.
+func (b *backupCopier) unchanged(e Entry) (c content, ok bool, err error) {
 	m, err := b.to.fileMap(b.ctx, e)
 	if err != nil {
-		return content{}, err
+		return content{}, false, err
+	}
+	if slices.ContainsFunc(m.chunks, func(ref Ref) bool { return b.w.prior.unusable.has(ref.Pack) }) {
+		return content{}, false, nil
 	}
 	b.w.live.add(m.chunks...)
 	if e.content.kind == contentMap {
 		b.w.live.add(e.content.ref)
 	}
-	return e.content, nil
+	return e.content, true, nil
 }

@@ -78,6 +78,9 @@ func (f *fileCopier) known(page uint32, ref Ref, at, n uint32) (*run, uint32) {
 	if chunk == zeros {
 		return &run{n: n}, n
 	}
+	if f.w.prior.unusable.has(f.wasTo.chunks[chunk].Pack) {
+		return nil, n
+	}
 	return &run{ref: &f.wasTo.chunks[chunk], page: wasAt, n: n}, n
 }
 

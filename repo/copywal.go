@@ -29,7 +29,7 @@ func (w *walCopier) choose(ctx context.Context) error {
 		if err != nil && !errors.Is(err, ErrCorrupt) { // what has no name of a WAL file is nobody's
 			return err
 		}
-		there[o.name] = true
+		there[o.name] = o.bytes > 0 // else it was damaged, and can come again
 	}
 	for o, err := range w.from.walObjects(ctx, walPrefix(w.cluster.Name)) {
 		switch {

@@ -60,6 +60,12 @@ func editionOfKey(key string) (id PackID, no int, ok bool) {
 	return id, no, no >= 0 && no <= maxEditions && id.editionKey(no) == key
 }
 
+// packOfKey tells of which pack an object is the key, or of an edition of which.
+func packOfKey(key string) (id PackID, ok bool) {
+	id, _, ok = editionOfKey(key)
+	return id, ok
+}
+
 // encodeEdition makes the object. pieces are the stored bytes of all that the table names, back to back.
 func (r *Repository) encodeEdition(id PackID, no int, class byte, toc *packTOC, pieces []byte) []byte {
 	salt := newSalt()

@@ -73,6 +73,7 @@ func checkGolden(t *testing.T, dir string, keys []Key) {
 	if err != nil || string(got) != goldenHistory {
 		t.Errorf("history file %q, %v", got, err)
 	}
+	checkGoldenDamage(t, r)
 }
 
 const goldenHistory = "1\t0/3000000\tno recovery target specified\n"
@@ -110,6 +111,26 @@ func writeGolden(t *testing.T, dir string, keys []Key) {
 	err = r.PutWAL(t.Context(), "main", goldenWAL, []byte(goldenHistory))
 	if err = errors.Join(err, os.RemoveAll(filepath.Join(dir, sessionsPrefix))); err != nil { // sessions name this host
 		t.Fatal(err)
+	}
+	if err := r.recordDamage(t.Context(), goldenDamaged.key(), errGoldenDamage); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// goldenDamaged is recorded as damaged. No backup needs it.
+var (
+	goldenDamaged   = PackID{15: 1}
+	errGoldenDamage = errors.New("it is missing")
+)
+
+func checkGoldenDamage(t *testing.T, r *Repository) {
+	t.Helper()
+	var d damage
+	if _, err := r.getDocument(t.Context(), damagedKey(goldenDamaged.key()), damageKind, &d); err != nil || d.Object != goldenDamaged.key() || d.Found != errGoldenDamage.Error() {
+		t.Errorf("%+v, %v", d, err)
+	}
+	if unusable, err := r.unusablePacks(t.Context()); err != nil || !unusable.has(goldenDamaged) {
+		t.Errorf("%v, %v", unusable, err)
 	}
 }
 

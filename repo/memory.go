@@ -312,8 +312,10 @@ func (r *Repository) wasDeleted(ctx context.Context, cluster, id string) (bool, 
 // lostWAL returns nil if a WAL file, or a newer one of its timeline, is there, or retention may have deleted it.
 func (r *Repository) lostWAL(ctx context.Context, cluster string, tli pg.Timeline, name string) (*RollbackError, error) {
 	dir := walPrefix(cluster) + tli.Hex() + "/"
-	if there, err := r.exists(ctx, dir+name); there || err != nil {
-		return nil, err
+	for _, key := range []string{dir + name, damagedKey(dir + name)} { // that it was damaged and is gone, is known
+		if there, err := r.exists(ctx, key); there || err != nil {
+			return nil, err
+		}
 	}
 	newest, err := r.newestWAL(ctx, cluster, tli)
 	if err != nil || newest != "" && !newer(name, newest) {

@@ -16,6 +16,8 @@ type priorBackup struct {
 	sizes map[PackID]packSize
 	tocs  *cache[PackID, *packTOC]
 
+	unusable *unusablePacks // to which nothing new refers
+
 	dir     string // the directory that was looked into last: files come directory by directory
 	listing *Listing
 }
@@ -23,21 +25,37 @@ type priorBackup struct {
 // tocCacheBytes is room for the page digests of some 20 GB.
 const tocCacheBytes = 32 << 20
 
-// openPrior reads the prior backup's pack list, and enters its chunks into the index. Not all that its packs hold: what no backup
-// refers to any more may go while this one is being made.
+// openPrior reads the prior backup's pack list and enters its chunks into the index, but for what is known to be damaged, or
+// turns out to be: that the new backup stores anew, and so does not inherit the damage. Not all that its packs hold: what no
+// backup refers to any more may go while this one is being made. nil: nothing can be compared.
 func openPrior(ctx context.Context, r *Repository, b *Backup, index *chunkIndex) (*priorBackup, error) {
 	uses, err := r.packList(ctx, b.Manifest)
+	if errors.Is(err, ErrCorrupt) {
+		r.log.Warn("the pack list of the prior backup is damaged; all pages are stored again", "error", err)
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
 	p := &priorBackup{r: r, b: b, sizes: make(map[PackID]packSize, len(uses)), tocs: newCache[PackID, *packTOC](tocCacheBytes)}
+	if p.unusable, err = r.unusablePacks(ctx); err != nil {
+		return nil, err
+	}
 	for _, u := range uses {
 		p.sizes[u.pack] = u.size
 	}
+	vetted := packVetter{p: p, sound: map[PackID]bool{}}
 	walk := newPieceWalk(r, func(kind byte, ref Ref) error {
-		return errorIf(kind == pieceChunk && !index.add(ref), errFull)
+		if kind != pieceChunk {
+			return nil
+		}
+		sound, err := vetted.vet(ctx, ref.Pack)
+		if err != nil || !sound {
+			return err
+		}
+		return errorIf(!index.add(ref), errFull)
 	})
-	if err := walk.backup(ctx, b); err != nil && err != errFull {
+	if err := walk.backup(ctx, b); err != nil && err != errFull && !p.isDamaged(err) {
 		return nil, fmt.Errorf("compare with backup %s: %w", b.Manifest.ID, err)
 	}
 	return p, nil
@@ -45,6 +63,66 @@ func openPrior(ctx context.Context, r *Repository, b *Backup, index *chunkIndex)
 
 // errFull says that no more is wanted.
 var errFull = errors.New("full")
+
+// packVetter looks at each pack once. Safe for concurrent use.
+type packVetter struct {
+	p *priorBackup
+
+	mu    sync.Mutex // a leaf
+	sound map[PackID]bool
+}
+
+// vet tells whether a pack may be referred to.
+func (v *packVetter) vet(ctx context.Context, id PackID) (sound bool, err error) {
+	v.mu.Lock()
+	sound, known := v.sound[id]
+	v.mu.Unlock()
+	if known {
+		return sound, nil
+	}
+	toc, err := v.p.usable(ctx, id)
+	if err != nil {
+		return false, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.sound[id] = toc != nil
+	return toc != nil, nil
+}
+
+// usable returns the table of contents of a pack that may be referred to, nil of another.
+func (p *priorBackup) usable(ctx context.Context, id PackID) (*packTOC, error) {
+	if p.unusable.has(id) {
+		return nil, nil
+	}
+	toc, err := p.toc(ctx, id)
+	if p.isDamaged(err) {
+		return nil, nil
+	}
+	return toc, err
+}
+
+// sound tells whether nothing is known to be damaged of what the prior backup needs.
+func (p *priorBackup) sound() bool {
+	for id := range p.sizes {
+		if p.unusable.has(id) {
+			return false
+		}
+	}
+	return true
+}
+
+// isDamaged tells whether an error is damage, and if so, keeps the new backup from the pack that it names.
+func (p *priorBackup) isDamaged(err error) bool {
+	var bad *CorruptError
+	if !errors.As(err, &bad) {
+		return false
+	}
+	if id, ok := packOfKey(bad.Object); ok && p.unusable.add(id) {
+		p.r.log.Warn("a pack of the prior backup is damaged; what lies in it is stored again", "error", err)
+	}
+	return true
+}
 
 func (p *priorBackup) toc(ctx context.Context, id PackID) (*packTOC, error) {
 	return p.tocs.get(id, func() (*packTOC, int64, error) {
@@ -71,7 +149,7 @@ func (p *priorBackup) tree(ctx context.Context, name string) Ref {
 		return Ref{}
 	}
 	e, err := p.b.Stat(ctx, name)
-	if err != nil || !e.IsDir() {
+	if err != nil || !e.IsDir() || p.unusable.has(e.content.ref.Pack) {
 		return Ref{}
 	}
 	return e.content.ref
@@ -99,13 +177,19 @@ func (p *priorBackup) file(ctx context.Context, name string) (*priorFile, error)
 		return nil, nil
 	}
 	m, err := p.r.fileMap(ctx, e)
+	if p.isDamaged(err) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("compare with backup %s: %w", p.b.Manifest.ID, err)
+	}
+	if p.unusable.has(e.content.ref.Pack) {
+		e.content.ref = Ref{}
 	}
 	return &priorFile{p: p, m: m, ref: e.content.ref}, nil
 }
 
-// list returns the prior listing of a directory; an empty one if there is none. Files are made by one goroutine at a time.
+// list returns the prior listing of a directory; an empty one if there is none, or it is damaged. Files are made by one goroutine at a time.
 func (p *priorBackup) list(ctx context.Context, dir string) (*Listing, error) {
 	if p.listing != nil && p.dir == dir {
 		return p.listing, nil
@@ -114,6 +198,9 @@ func (p *priorBackup) list(ctx context.Context, dir string) (*Listing, error) {
 	list := &Listing{}
 	if err == nil && e.IsDir() {
 		list, err = p.r.listing(ctx, e)
+	}
+	if p.isDamaged(err) {
+		list, err = &Listing{}, nil
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -146,14 +233,14 @@ func (f *priorFile) page(ctx context.Context, pageNo uint32, digest [pageDigestS
 		return pagePlace{}, nil
 	}
 	ref := &f.m.chunks[e.chunk]
-	toc, err := f.p.toc(ctx, ref.Pack)
-	if err != nil {
+	toc, err := f.p.usable(ctx, ref.Pack)
+	if toc == nil {
 		return pagePlace{}, err
 	}
 	at := e.page + pageNo - f.m.first[i]
 	k, ok := toc.find(ref.Offset)
 	if !ok || toc.ids[k] != ref.ID || int(at+1)*pageDigestSize > len(toc.digests[k]) {
-		return pagePlace{}, ref.corrupt("the pack's table of contents does not have the chunk that a file map names")
+		return pagePlace{}, nil // map and table contradict each other: neither is to be built on
 	}
 	if [pageDigestSize]byte(toc.digests[k][at*pageDigestSize:]) != digest {
 		return pagePlace{}, nil

@@ -289,6 +289,7 @@ type inventory struct {
 	used     map[BackupName]bool // by sessions
 	making   map[BackupName]bool // by sessions that have not published it, as far as they say
 	kept     []*keptBackup
+	named    map[PackID]bool // packs, by pack lists, whether or not they are there
 }
 
 // keptBackup is one whose packs stay.
@@ -337,7 +338,8 @@ func (i *inventory) addPack(id PackID, no int, o store.Object) {
 }
 
 func (p *pruner) takeInventory(ctx context.Context) (*inventory, error) {
-	i := &inventory{packs: map[PackID]*packState{}, sessions: map[SessionID]bool{}, used: map[BackupName]bool{}, making: map[BackupName]bool{}}
+	i := &inventory{packs: map[PackID]*packState{}, sessions: map[SessionID]bool{}, used: map[BackupName]bool{}, making: map[BackupName]bool{},
+		named: map[PackID]bool{}}
 	for o, err := range p.r.store.List(ctx, packsRoot) {
 		if err != nil {
 			return nil, fmt.Errorf("list packs: %w", err)
@@ -395,7 +397,10 @@ func (p *pruner) reclaim(ctx context.Context) error {
 		return nil
 	}
 	p.inventory = i
-	return p.sweep(ctx, i)
+	if err := p.sweep(ctx, i); err != nil {
+		return err
+	}
+	return p.forgetDamage(ctx, i.named)
 }
 
 // collect deletes manifest and pack list of a backup whose time has come, or tells that its packs are needed.
@@ -505,6 +510,7 @@ func (p *pruner) markPacks(ctx context.Context, i *inventory, b *storedBackup) e
 	}
 	waits := !b.deleted.IsZero() || p.marked[b.BackupName]
 	for _, u := range uses {
+		i.named[u.pack] = true
 		if s := i.packs[u.pack]; s != nil {
 			s.used, s.waits = s.used || !waits, s.waits || waits
 			s.stated, s.live = u.size, max(s.live, u.live)

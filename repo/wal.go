@@ -87,9 +87,16 @@ func (r *Repository) PutWAL(ctx context.Context, cluster string, name pg.WALName
 	return nil
 }
 
-// sameWAL compares what was to be put with what is there.
+// sameWAL compares what was to be put with what is there. The head tells what that is; where the object is known to have been
+// damaged, all of it has to be whole: it may be on the point of being removed.
 func (r *Repository) sameWAL(ctx context.Context, cluster string, name pg.WALName, want *walHead) error {
 	got, err := r.walHead(ctx, cluster, name)
+	if err == nil {
+		var recorded bool
+		if recorded, err = r.exists(ctx, damagedKey(walKey(cluster, name))); recorded {
+			_, err = r.WAL(ctx, cluster, name)
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("compare with WAL file %s in the repository: %w", name, err)
 	}
@@ -200,7 +207,7 @@ func (r *Repository) readWALHead(ctx context.Context, cluster string, name pg.WA
 	key := walKey(cluster, name)
 	start, err := r.get(ctx, key, 0, walHeaderSize)
 	if err != nil {
-		return nil, walReadError(name, err)
+		return nil, r.walReadError(ctx, cluster, name, err)
 	}
 	n, err := r.walHeadLength(key, start)
 	if err != nil {
@@ -208,14 +215,14 @@ func (r *Repository) readWALHead(ctx context.Context, cluster string, name pg.WA
 	}
 	sealed, err := r.get(ctx, key, walHeaderSize, n)
 	if err != nil {
-		return nil, walReadError(name, err)
+		return nil, r.walReadError(ctx, cluster, name, err)
 	}
 	return r.parseWALHead(key, cluster, name, start, sealed)
 }
 
-func walReadError(name pg.WALName, err error) error {
+func (r *Repository) walReadError(ctx context.Context, cluster string, name pg.WALName, err error) error {
 	if errors.Is(err, store.ErrNotExist) {
-		return fmt.Errorf("%s: %w", name, ErrNoWAL)
+		return r.walDamage(ctx, cluster, name)
 	}
 	return fmt.Errorf("read WAL file %s: %w", name, err)
 }
@@ -266,7 +273,7 @@ func (r *Repository) WAL(ctx context.Context, cluster string, name pg.WALName) (
 	key := walKey(cluster, name)
 	object, err := r.get(ctx, key, 0, -1)
 	if err != nil {
-		return nil, walReadError(name, err)
+		return nil, r.walReadError(ctx, cluster, name, err)
 	}
 	n, err := r.walHeadLength(key, object)
 	if err != nil {
@@ -324,7 +331,8 @@ func (r *Repository) walBlock(key string, h *walHead, i int, sealed, dst []byte)
 	return nil
 }
 
-// WALNames lists the WAL files of a cluster by timeline and name. It is one listing; no object is read.
+// WALNames lists the WAL files of a cluster by timeline and name, those of RemovedWAL too: they are neither the end of WAL nor files that never
+// were. It is two listings; no object is read.
 func (r *Repository) WALNames(ctx context.Context, cluster string) ([]pg.WALName, error) {
 	var names []pg.WALName
 	for o, err := range r.walObjects(ctx, walPrefix(cluster)) {
@@ -344,16 +352,35 @@ type walObject struct {
 }
 
 // walObjects lists the WAL objects below a prefix of a cluster's. Behind a *CorruptError, for a name that no WAL file has, it
-// goes on.
+// goes on. A file that was damaged and is gone is listed, with 0 bytes: whoever reads it gets an error, and not the end of WAL.
 func (r *Repository) walObjects(ctx context.Context, prefix string) iter.Seq2[walObject, error] {
 	return func(yield func(walObject, error) bool) {
+		gone, err := r.damagedObjects(ctx, prefix)
+		if err != nil {
+			yield(walObject{}, err)
+			return
+		}
+		list := func(o store.Object) bool {
+			_, name, err := parseWALKey(o.Key)
+			return yield(walObject{name, o.Size}, err)
+		}
 		for o, err := range r.store.List(ctx, prefix) {
 			if err != nil {
 				yield(walObject{}, fmt.Errorf("list %s: %w", prefix, err))
 				return
 			}
-			_, name, err := parseWALKey(o.Key)
-			if !yield(walObject{name, o.Size}, err) {
+			for len(gone) > 0 && gone[0].Key <= o.Key {
+				if gone[0].Key < o.Key && !list(store.Object{Key: gone[0].Key}) {
+					return
+				}
+				gone = gone[1:]
+			}
+			if !list(o) {
+				return
+			}
+		}
+		for _, o := range gone {
+			if !list(store.Object{Key: o.Key}) {
 				return
 			}
 		}

@@ -20,11 +20,13 @@ func repoCheckCommand() *cli.Command {
 		Description: "Without flags it checks structure: every cluster, manifest and pack list, that each pack is there and has its size, and that\n" +
 			"the WAL has no gap. --maps adds each pack's table of contents, every directory and file map, and the place of each chunk that they\n" +
 			"name. --read-data adds every byte, --read-data=5% about a twentieth, another every day. Goes on after what is damaged, names all of\n" +
-			"it, and says what it costs.",
+			"it, and says what it costs. --repair then makes anew what the rest of the repository determines, sees to it that no new backup builds\n" +
+			"on what is lost, and says what to do next. It deletes nothing that is whole.",
 		Flags: []cli.Flag{
 			toggle("maps", "verify every directory and file map, too"),
 			&readDataFlag{&cli.GenericFlag{Name: "read-data", Value: &percentage{},
 				Usage: "read and verify every byte, too; =5% about a twentieth of packs and WAL, another every day"}},
+			toggle("repair", "mend what can be mended of what is found"),
 		},
 		Action: repoCheck,
 	}
@@ -61,6 +63,15 @@ type findingJSON struct {
 	Cost    string         `json:"cost,omitempty"`
 	Backups []affectedJSON `json:"backups,omitempty"`
 	Window  *lostJSON      `json:"lost_window,omitempty"`
+
+	Recorded bool        `json:"recorded"`
+	Repair   *remedyJSON `json:"repair,omitempty"` // with --repair
+}
+
+// remedyJSON is what was done about a finding.
+type remedyJSON struct {
+	Outcome repo.Outcome `json:"outcome"`
+	Next    string       `json:"next,omitempty"`
 }
 
 // affectedJSON is a backup that something damaged is part of.
@@ -120,7 +131,7 @@ func repoCheck(c *cli.Context) error {
 		}
 		out.add(repo.Finding{Object: l.Object, Cluster: l.Cluster, Err: l, Cost: cost})
 	}
-	done, err := r.Check(c.Context, o, out.add)
+	done, err := checkOrRepair(c, r, o, &out, len(lost) == 0)
 	p.done()
 	out.sort()
 	out.count(done, o.Sample)
@@ -129,10 +140,35 @@ func repoCheck(c *cli.Context) error {
 	} else {
 		err = firstOf(err, out.print(c.App.Writer, o, err == nil))
 	}
-	if err == nil && len(out.Findings) > 0 {
-		return fmt.Errorf("%w: %s", repo.ErrCorrupt, findings(len(out.Findings)))
+	if left := out.left(); err == nil && left > 0 {
+		return fmt.Errorf("%w: %s", repo.ErrCorrupt, findings(left))
 	}
 	return err
+}
+
+// checkOrRepair does what the flags say. A repository that is not as this host has seen it is only looked at.
+func checkOrRepair(c *cli.Context, r *repo.Repository, o repo.CheckOptions, out *checkJSON, asSeen bool) (repo.Checked, error) {
+	if !c.Bool("repair") {
+		return r.Check(c.Context, o, func(f repo.Finding) { out.add(f) })
+	}
+	if !asSeen {
+		return r.Check(c.Context, o, func(f repo.Finding) {
+			out.add(f).Repair = &remedyJSON{repo.Left, "The repository is not as this host has seen it: find out why, then \"pgthaw repo accept\", then repair."}
+		})
+	}
+	return r.Repair(c.Context, o, func(m repo.Remedy) {
+		out.add(m.Finding).Repair = &remedyJSON{m.Outcome, m.Next}
+	})
+}
+
+// left is how many findings are not whole again.
+func (k *checkJSON) left() (n int) {
+	for _, f := range k.Findings {
+		if f.Repair == nil || f.Repair.Outcome != repo.Repaired {
+			n++
+		}
+	}
+	return n
 }
 
 func firstOf(errs ...error) error {
@@ -144,8 +180,9 @@ func firstOf(errs ...error) error {
 	return nil
 }
 
-func (k *checkJSON) add(f repo.Finding) {
-	j := findingJSON{Object: f.Object, Cluster: f.Cluster, Error: f.Err.Error(), Cost: f.Cost}
+// add enters a finding, and returns where it is until the next one is entered.
+func (k *checkJSON) add(f repo.Finding) *findingJSON {
+	j := findingJSON{Object: f.Object, Cluster: f.Cluster, Error: f.Err.Error(), Cost: f.Cost, Recorded: f.Recorded}
 	for _, a := range f.Backups {
 		j.Backups = append(j.Backups, affectedJSON{a.Cluster, a.Backup, a.Files, a.Total})
 	}
@@ -158,11 +195,12 @@ func (k *checkJSON) add(f repo.Finding) {
 			j.Window.ToLSN, j.Window.ToTime = &w.To.LSN, &w.To.Time
 		}
 	}
+	to := &k.Findings
 	if f.Note {
-		k.Notes = append(k.Notes, j)
-	} else {
-		k.Findings = append(k.Findings, j)
+		to = &k.Notes
 	}
+	*to = append(*to, j)
+	return &(*to)[len(*to)-1]
 }
 
 // sort puts what is found in the order of keys: WAL objects are read several at a time.
@@ -207,8 +245,21 @@ func (k checkJSON) print(w io.Writer, o repo.CheckOptions, whole bool) error {
 	default:
 		fmt.Fprintln(w, "Not read: tables of contents, directories and file maps (--maps), the contents of files and WAL (--read-data)")
 	}
-	_, err := fmt.Fprintf(w, "%s\n", findings(len(k.Findings)))
+	_, err := fmt.Fprintln(w, k.summary())
 	return err
+}
+
+// summary is "3 findings, of which 2 are repaired".
+func (k checkJSON) summary() string {
+	s, n := findings(len(k.Findings)), len(k.Findings)-k.left()
+	switch n {
+	case 0:
+		return s
+	case 1:
+		return s + ", of which 1 is repaired"
+	default:
+		return fmt.Sprintf("%s, of which %d are repaired", s, n)
+	}
 }
 
 func findings(n int) string {
@@ -233,6 +284,26 @@ func (f findingJSON) print(w io.Writer, prefix string) {
 	}
 	if f.Window != nil {
 		fmt.Fprintf(w, "    No recovery of %s %s\n", f.Cluster, f.Window)
+	}
+	switch {
+	case f.Repair != nil:
+		f.Repair.print(w)
+	case f.Recorded:
+		fmt.Fprintln(w, "    recorded as damaged: no new backup builds on it")
+	}
+}
+
+// print writes what was done, and what is to be done.
+func (r *remedyJSON) print(w io.Writer) {
+	text := map[repo.Outcome]string{
+		repo.Repaired: "repaired: it is whole again",
+		repo.Recorded: "recorded as damaged: no new backup builds on it",
+		repo.Removed:  "removed, to make room for the file itself",
+		repo.Left:     "left as it is",
+	}[r.Outcome]
+	fmt.Fprintf(w, "    %s\n", text)
+	if r.Next != "" {
+		fmt.Fprintf(w, "    next: %s\n", r.Next)
 	}
 }
 

@@ -72,7 +72,14 @@ func listWAL(ctx context.Context, r *repo.Repository, name string) (walListing, 
 	if err != nil {
 		return l, err
 	}
+	removed, err := r.RemovedWAL(ctx, name)
+	if err != nil {
+		return l, err
+	}
 	for _, n := range names {
+		if removed[n] {
+			continue // a gap
+		}
 		if n.Kind != pg.WALSegment {
 			l.Others = append(l.Others, n.String())
 			continue

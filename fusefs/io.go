@@ -40,7 +40,7 @@ func (v *Overlay) openFile(n *node) (fuse.OpenOut, error) {
 	}
 	v.nodes.ref(n)
 	v.openFiles.Add(1)
-	return n.file.open.add(register), nil
+	return n.file.open.add(register, n.branch), nil
 }
 
 // whole tells whether the backing file has all bytes, and makes it so if it is small. Where that fails the file is
@@ -92,13 +92,13 @@ func (v *Overlay) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 	if n == nil || n.file == nil {
 		return
 	}
-	n.file.open.remove(in.Fh, v.unregister)
+	n.file.open.remove(in.Fh, v.unregister, n.branch)
 	n.file.open.release()
 	v.openFiles.Add(-1)
 	v.nodes.drop(n, 1)
 }
 
-// Read answers a cached handle.
+// Read answers a handle that is not passthrough.
 func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
 	n := v.nodes.get(in.NodeId)
 	if n == nil || n.file == nil {
@@ -111,7 +111,7 @@ func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Rea
 	return fuse.ReadResultData(buf[:count]), fuse.OK
 }
 
-// Write answers a cached handle.
+// Write answers a handle that is not passthrough.
 func (v *Overlay) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	n := v.nodes.get(in.NodeId)
 	if n == nil || n.file == nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -64,8 +65,12 @@ func testThaw(t *testing.T, s *source) {
 	if got := copySQL(t, res, "select count(*) from ledger"); got != "30001" {
 		t.Errorf("%s rows", got)
 	}
-	if st := status(t, res.Target); !st.Mounted || st.ServerPID != res.PID || st.BytesTotal < res.SizeBytes/2 {
+	st := status(t, res.Target)
+	if !st.Mounted || st.ServerPID != res.PID || st.BytesTotal < res.SizeBytes/2 {
 		t.Errorf("%+v", st)
+	}
+	if got := slices.Contains(st.Native, filepath.Join(res.Target, "pg_wal")); got != (os.Geteuid() == 0) {
+		t.Errorf("pg_wal is reached without the mount: %v; these are: %v", got, st.Native)
 	}
 	if err := Discard(t.Context(), res.Target); !errors.Is(err, ErrServerRunning) {
 		t.Errorf("discard under a server: %v", err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -120,6 +121,12 @@ func printStatus(w io.Writer, s recovery.OverlayStatus) error {
 	if s.ServerPID != 0 {
 		t.row("PostgreSQL", fmt.Sprintf("process %d", s.ServerPID))
 	}
+	if len(s.Native) > 0 {
+		t.row("Without mount", strings.Join(below(s.Target, s.Native), ", "))
+	}
+	for _, h := range s.Held {
+		t.row("Still mounted", below(s.Target, []string{h.Dir})[0]+": "+heldBy(h.Processes))
+	}
 	switch {
 	case s.LastErrorAt != nil:
 		t.row("Last error", fmt.Sprintf("%s: %s", clock(*s.LastErrorAt), s.LastError))
@@ -130,6 +137,25 @@ func printStatus(w io.Writer, s recovery.OverlayStatus) error {
 		t.row("Next step", "pgthaw overlay resume "+shellQuote(s.Target))
 	}
 	return t.print(w)
+}
+
+// below shortens the directories in dir.
+func below(dir string, paths []string) (short []string) {
+	for _, path := range paths {
+		short = append(short, strings.TrimPrefix(path, dir+"/"))
+	}
+	return short
+}
+
+func heldBy(processes []recovery.HeldBy) string {
+	if len(processes) == 0 {
+		return "files were opened before it was on disk"
+	}
+	var names []string
+	for _, p := range processes {
+		names = append(names, fmt.Sprintf("%d (%s)", p.PID, p.Command))
+	}
+	return "files are open since before it was on disk, by process " + strings.Join(names, ", ")
 }
 
 func onDisk(s recovery.OverlayStatus) string {

@@ -338,7 +338,9 @@ func TestModes(t *testing.T) {
 		t.Errorf("unregistered %d times", unregistered)
 	}
 	open(refuse, opened{cached, 0, 0})
-	open(allow, opened{cached, fuse.FOPEN_KEEP_CACHE, 0}) // not while a cached handle is open
+	open(allow, opened{direct, fuse.FOPEN_DIRECT_IO, 0}) // no passthrough while a cached handle is open
+	open(nil, opened{cached, 0, 0})                      // which what came between may have outdated
+	h.remove(direct, nil, &b)
 	h.remove(cached, nil, &b)
 	h.remove(cached, nil, &b)
 	open(nil, opened{cached, fuse.FOPEN_KEEP_CACHE, 0})

@@ -30,7 +30,7 @@ type handles struct {
 	cached  int        // handles
 	through int        // handles
 	backing int32      // the kernel's id of fd, while through > 0
-	stale   bool       // passthrough handles may have changed what the kernel's page cache of our inode holds
+	stale   bool       // other handles may have changed what the kernel's page cache of our inode holds
 }
 
 // acquire returns the backing descriptor, and keeps it open until release.
@@ -71,6 +71,9 @@ func (h *handles) release() {
 
 // add decides how a new handle of an acquired file is served. register gives the kernel the backing descriptor and
 // returns its id; nil: it cannot have one more. b is the branch that the file lies in.
+//
+// A file that could be passthrough but for a cached handle is opened for direct I/O: else sessions that come and go would
+// hand the cached mode on to each other for ever, and the branch would never leave.
 func (h *handles) add(register func(fd int) (int32, bool), b *branch) fuse.OpenOut {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -79,7 +82,8 @@ func (h *handles) add(register func(fd int) (int32, bool), b *branch) fuse.OpenO
 		h.stale = true
 		return fuse.OpenOut{Fh: through, OpenFlags: fuse.FOPEN_PASSTHROUGH, BackingID: h.backing}
 	}
-	if !b.cache() {
+	if register != nil && h.cached > 0 || !b.cache() {
+		h.stale = true
 		return fuse.OpenOut{Fh: direct, OpenFlags: fuse.FOPEN_DIRECT_IO}
 	}
 	h.cached++

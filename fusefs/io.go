@@ -121,6 +121,12 @@ func (v *Overlay) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint3
 	if err != nil && count == 0 {
 		return 0, v.faults.status("write", n.key.ino, err)
 	}
+	if in.Fh == direct && count > 0 && n.file.open.isCached() {
+		// Read-ahead for a cached handle may have taken up what was there before.
+		if s := v.server.InodeNotify(n.id, int64(in.Offset), int64(count)); !s.Ok() {
+			return 0, v.faults.eio("write beside a cached handle", n.key.ino, unix.Errno(s))
+		}
+	}
 	return uint32(count), fuse.OK
 }
 

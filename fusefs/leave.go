@@ -268,6 +268,12 @@ func (v *Overlay) boundBranches() (bound []*branch, err error) {
 
 // checkIdle spares those who use a mount that is in use that it is uncovered in vain. umount(2) has the last word.
 func (v *Overlay) checkIdle() error {
+	for range 10 { // the kernel tells of a close(2) after it has returned
+		if v.openFiles.Load() == 0 {
+			break
+		}
+		time.Sleep(arrival / 10)
+	}
 	if n := v.openFiles.Load(); n > 0 {
 		return fmt.Errorf("unmount %s: %d files are open: %w", v.dir, n, unix.EBUSY)
 	}

@@ -16,30 +16,45 @@ type Process struct {
 
 func (p Process) String() string { return fmt.Sprintf("process %d (%s)", p.PID, p.Command) }
 
+// Users are the processes that keep the mount at dir busy: they work in it or have something of it open. Of other users'
+// processes only root learns that.
+func Users(dir string) ([]Process, error) {
+	dev, _, err := devIno(dir, 0)
+	if err != nil {
+		return nil, fmt.Errorf("look at %s: %w", dir, err)
+	}
+	return processes(func(proc string) bool { return worksIn(proc, dev) || opens(proc, dev, nil) }), nil
+}
+
 // workingIn returns the processes whose working or root directory lies on the file system dev. Of other users' processes
 // only root learns that.
 func workingIn(dev uint64) []Process {
-	return processes(func(proc string) bool {
-		for _, link := range []string{"cwd", "root"} {
-			if d, _, err := devIno(filepath.Join(proc, link), 0); err == nil && d == dev {
-				return true
-			}
+	return processes(func(proc string) bool { return worksIn(proc, dev) })
+}
+
+func worksIn(proc string, dev uint64) bool {
+	for _, link := range []string{"cwd", "root"} {
+		if d, _, err := devIno(filepath.Join(proc, link), 0); err == nil && d == dev {
+			return true
 		}
-		return false
-	})
+	}
+	return false
 }
 
 // opening returns the processes that have one of the inodes of the file system dev open.
 func opening(dev uint64, inodes map[uint64]bool) []Process {
-	return processes(func(proc string) bool {
-		fds, _ := filepath.Glob(filepath.Join(proc, "fd", "*")) // none: the process is gone, or not ours to see
-		for _, fd := range fds {
-			if d, ino, err := devIno(fd, 0); err == nil && d == dev && inodes[ino] {
-				return true
-			}
+	return processes(func(proc string) bool { return opens(proc, dev, inodes) })
+}
+
+// opens tells whether a process has one of the inodes open; nil: any.
+func opens(proc string, dev uint64, inodes map[uint64]bool) bool {
+	fds, _ := filepath.Glob(filepath.Join(proc, "fd", "*")) // none: the process is gone, or not ours to see
+	for _, fd := range fds {
+		if d, ino, err := devIno(fd, 0); err == nil && d == dev && (inodes == nil || inodes[ino]) {
+			return true
 		}
-		return false
-	})
+	}
+	return false
 }
 
 // processes returns those for whose directory in /proc uses holds.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"pgthaw/fusefs"
 	"pgthaw/repo"
@@ -374,17 +375,36 @@ func (d *daemon) hydrateOnce(ctx context.Context, mode hydration) error {
 
 // settle takes the mounts off the whole directory as soon as no server runs in it and nobody else uses it.
 func (d *daemon) settle(ctx context.Context) error {
+	var ended time.Time // of the server
 	for ctx.Err() == nil {
-		if d.bare.postmaster() == 0 {
-			err := d.takeOff()
-			if err == nil {
-				return nil
-			}
-			d.fail("take the mount off", err)
+		if pid := d.bare.postmaster(); pid != 0 {
+			awaitPID(ctx, pid, unmountEvery)
+			ended = time.Now()
+			continue
 		}
-		wait(ctx, unmountEvery)
+		err := d.takeOff()
+		if err == nil {
+			return nil
+		}
+		d.fail("take the mount off", err)
+		if time.Since(ended) < stopPatience { // its logger ends after it
+			wait(ctx, stopPatience/100)
+		} else {
+			wait(ctx, unmountEvery)
+		}
 	}
 	return ctx.Err()
+}
+
+// awaitPID returns as soon as a process has ended, or after a time.
+func awaitPID(ctx context.Context, pid int, limit time.Duration) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		wait(ctx, limit)
+		return
+	}
+	defer unix.Close(fd)
+	awaitExit(fd, int(limit.Milliseconds()))
 }
 
 // leave ends the daemon before its work is done: it goes on serving those who use the mount for a while.

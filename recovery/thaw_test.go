@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -77,6 +78,9 @@ func testThaw(t *testing.T, s *source) {
 	}
 	if err := Finish(t.Context(), res.Target, nil); !errors.Is(err, ErrServerRunning) {
 		t.Errorf("finish under a server: %v", err)
+	}
+	if _, err := Restart(t.Context(), res.Target, nil); !errors.Is(err, ErrServerRunning) || !strings.Contains(err.Error(), "which started it") {
+		t.Errorf("restart of a server whose parent lives: %v", err)
 	}
 	copySQL(t, res, "insert into ledger values (-1)")
 	endServer(t, res)

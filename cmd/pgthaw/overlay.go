@@ -61,8 +61,10 @@ func overlayResume(c *cli.Context) error {
 func overlayFinishCommand() *cli.Command {
 	return &cli.Command{
 		Name: "finish", Usage: "copy the rest to disk and take the mount off", ArgsUsage: "DIR",
-		Description: "Afterwards DIR is an ordinary data directory that needs pgthaw no more. PostgreSQL must be stopped for the last step.",
-		Action:      overlayFinish,
+		Description: "Afterwards DIR is an ordinary data directory that needs pgthaw no more. PostgreSQL must be stopped for the last step:\n" +
+			"--restart does that when all is copied, and starts it again as it was started, usually within a second.",
+		Flags:  []cli.Flag{&cli.BoolFlag{Name: "restart", Usage: "restart PostgreSQL around the last step, if it runs there"}},
+		Action: overlayFinish,
 	}
 }
 
@@ -72,8 +74,23 @@ func overlayFinish(c *cli.Context) error {
 		return err
 	}
 	p := newProgress(c)
-	defer p.done()
-	return recovery.Finish(c.Context, args[0], func(g recovery.Progress) { p.update(g.Phase, g.Done, g.Total) })
+	update := func(g recovery.Progress) { p.update(g.Phase, g.Done, g.Total) }
+	if !c.Bool("restart") {
+		defer p.done()
+		return recovery.Finish(c.Context, args[0], update)
+	}
+	downtime, err := recovery.Restart(c.Context, args[0], update)
+	p.done()
+	if err != nil || downtime == 0 {
+		return err
+	}
+	if c.Bool("json") {
+		return printJSON(c.App.Writer, struct {
+			DowntimeMS int64 `json:"downtime_ms"`
+		}{downtime.Milliseconds()})
+	}
+	_, err = fmt.Fprintf(c.App.Writer, "PostgreSQL was restarted; it accepted no connections for %.2f s\n", downtime.Seconds())
+	return err
 }
 
 func overlayDiscardCommand() *cli.Command {

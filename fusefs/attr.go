@@ -33,20 +33,20 @@ func (v *Overlay) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrO
 	if n == nil {
 		return fuse.Status(unix.ESTALE)
 	}
+	out.SetTimeout(n.branch.validity())
 	return v.faults.status("getattr", n.key.ino, n.attrOut(out))
 }
 
 func (n *node) attrOut(out *fuse.AttrOut) error {
 	st, err := n.stat()
-	if err != nil {
-		return err
+	if err == nil {
+		n.attributes(&st, &out.Attr)
 	}
-	n.attributes(&st, &out.Attr)
-	out.SetTimeout(validity)
-	return nil
+	return err
 }
 
-// SetAttr changes a file's size, permissions, owner and times.
+// SetAttr changes a file's size, permissions, owner and times. The kernel must ask for them again before it believes
+// them: an answer to this request would count even if it were overtaken by what leave tells the kernel.
 func (v *Overlay) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOut) fuse.Status {
 	n := v.nodes.get(in.NodeId)
 	if n == nil {

@@ -16,6 +16,7 @@
 //   - node: an inode that the kernel knows, pinned by an O_PATH descriptor; hard links share one.
 //   - file: a regular file's content; all that decides which byte comes from where is in file.go and holes.go.
 //   - handles: who has it open, and whether the kernel serves it by itself (passthrough).
+//   - branch: a part of the tree that leaves the mount as one when it is whole; leave.go takes it out.
 //
 // Invariants:
 //
@@ -35,10 +36,13 @@
 //     hole is left is one question, whether the disk knows is another.
 //   - Passthrough is for files without holes, and never beside a cached handle of the same inode: the kernel answers EIO to
 //     such an open.
+//   - What a closed branch holds is whole, no handle of it is cached, and the kernel may remember nothing of it: it may change
+//     without the mount. Nothing with holes comes into a branch from another.
 //   - What the repository cannot give, or what it gives and cannot be verified, is EIO, and nothing else.
 //
-// Locks, in the order in which they are taken: handles.mu, file.content; file.lowerMu with neither held. nodes.mu,
-// dirHandles.mu, traffic.mu, hydrator.mu, rate.mu and faults.mu are leaves. dirHandle.mu is taken before nodes.mu. Only
+// Locks, in the order in which they are taken: Overlay.mount, Overlay.life; handles.mu, file.content; file.lowerMu with neither
+// held. branch.mu, branches.mu, nodes.mu, dirHandles.mu, traffic.mu, hydrator.mu, rate.mu and faults.mu are leaves. mount is never taken by what answers
+// the kernel: whoever holds it waits for the kernel, which may be waiting for an answer. dirHandle.mu is taken before nodes.mu. Only
 // lowerMu is held while the repository is read, by those who want the same lower file.
 //
 // What is not promised: extended attributes, O_TMPFILE, FALLOC_FL_PUNCH_HOLE and its like on placeholders, SEEK_HOLE

@@ -314,6 +314,7 @@ func (c *checkedFile) hydrate() error {
 // A kernel that refuses passthrough after it allowed it must not believe its page cache of what was written meanwhile.
 func TestModes(t *testing.T) {
 	var h handles
+	var b branch
 	allow := func(int) (int32, bool) { return 7, true }
 	refuse := func(int) (int32, bool) { return 0, false }
 	type opened struct {
@@ -323,7 +324,7 @@ func TestModes(t *testing.T) {
 	}
 	open := func(register func(int) (int32, bool), want opened) {
 		t.Helper()
-		out := h.add(register)
+		out := h.add(register, &b)
 		if got := (opened{out.Fh, out.OpenFlags, out.BackingID}); got != want {
 			t.Errorf("opened %+v, want %+v", got, want)
 		}
@@ -331,18 +332,67 @@ func TestModes(t *testing.T) {
 	open(allow, opened{through, fuse.FOPEN_PASSTHROUGH, 7})
 	open(refuse, opened{through, fuse.FOPEN_PASSTHROUGH, 7}) // it is known already
 	unregistered := 0
-	h.remove(through, func(int32) { unregistered++ })
-	h.remove(through, func(int32) { unregistered++ })
+	h.remove(through, func(int32) { unregistered++ }, &b)
+	h.remove(through, func(int32) { unregistered++ }, &b)
 	if unregistered != 1 {
 		t.Errorf("unregistered %d times", unregistered)
 	}
 	open(refuse, opened{cached, 0, 0})
-	open(allow, opened{cached, fuse.FOPEN_KEEP_CACHE, 0}) // not while a cached handle is open
-	h.remove(cached, nil)
-	h.remove(cached, nil)
+	open(allow, opened{direct, fuse.FOPEN_DIRECT_IO, 0}) // no passthrough while a cached handle is open
+	open(nil, opened{cached, 0, 0})                      // which what came between may have outdated
+	h.remove(direct, nil, &b)
+	h.remove(cached, nil, &b)
+	h.remove(cached, nil, &b)
 	open(nil, opened{cached, fuse.FOPEN_KEEP_CACHE, 0})
-	h.remove(cached, nil)
+	h.remove(cached, nil, &b)
 	open(allow, opened{through, fuse.FOPEN_PASSTHROUGH, 7})
+	open(nil, opened{through, fuse.FOPEN_PASSTHROUGH, 7}) // another mode beside it would be EIO
+}
+
+// What leaves the mount is not cached, and what is cached does not leave.
+func TestModesOfBranch(t *testing.T) {
+	var h handles
+	b := branch{whole: true}
+	h.add(nil, &b)
+	if b.close() || !b.held() {
+		t.Error("a branch was closed over a cached handle")
+	}
+	h.remove(cached, nil, &b)
+	if !b.close() || b.held() || b.validity() != 0 {
+		t.Error("a branch that nobody uses was not closed")
+	}
+	out := h.add(nil, &b)
+	if out.Fh != direct || out.OpenFlags != fuse.FOPEN_DIRECT_IO {
+		t.Errorf("opened %+v in a closed branch", out)
+	}
+	h.remove(direct, nil, &b)
+	b.reopen()
+	if out := h.add(nil, &b); out.Fh != cached {
+		t.Errorf("opened %+v in a branch that was opened again", out)
+	}
+}
+
+// A walk that a rename may have led past a placeholder proves nothing.
+func TestBranchSearch(t *testing.T) {
+	var b, other branch
+	none := func() (int, error) { return 0, nil }
+	moved := b.moving(&b)
+	b.search(none)
+	if b.isWhole() {
+		t.Error("whole in the middle of a rename")
+	}
+	moved()
+	b.search(func() (int, error) { b.moving(&b)(); return 0, nil })
+	if b.isWhole() {
+		t.Error("whole though a rename came between")
+	}
+	if b.search(none); !b.isWhole() {
+		t.Error("not whole though nothing was found")
+	}
+	b.moving(&other)()
+	if b.isWhole() {
+		t.Error("whole though a file came from elsewhere")
+	}
 }
 
 // TestRacingFile lets writers of their own pages, a truncation, readers and the hydrator meet in one file.

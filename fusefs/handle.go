@@ -14,13 +14,14 @@ import (
 const (
 	cached  = 1 // READ and WRITE come to us; the kernel's page cache of our inode holds what was read
 	through = 2 // passthrough: the kernel reads and writes the backing file
+	direct  = 3 // READ and WRITE come to us; nothing is cached but the backing file
 )
 
 // handles is who has a regular file open. All share one backing descriptor.
 //
-// The kernel answers EIO to an open that mixes cached and passthrough handles on one inode, so the mode is decided here,
-// under mu, and a handle counts from then until its RELEASE. The kernel leaves its own mode before it sends RELEASE, so
-// ours is never the laxer count.
+// The kernel answers EIO to an open that mixes cached and passthrough handles on one inode, or that comes with direct I/O
+// beside passthrough, so the mode is decided here, under mu, and a handle counts from then until its RELEASE. The kernel
+// leaves its own mode before it sends RELEASE, so ours is never the laxer count.
 type handles struct {
 	fd atomic.Int32 // the backing descriptor, O_RDWR where permissions allow; valid while users > 0
 
@@ -29,7 +30,7 @@ type handles struct {
 	cached  int        // handles
 	through int        // handles
 	backing int32      // the kernel's id of fd, while through > 0
-	stale   bool       // passthrough handles may have changed what the kernel's page cache of our inode holds
+	stale   bool       // other handles may have changed what the kernel's page cache of our inode holds
 }
 
 // acquire returns the backing descriptor, and keeps it open until release.
@@ -69,14 +70,21 @@ func (h *handles) release() {
 }
 
 // add decides how a new handle of an acquired file is served. register gives the kernel the backing descriptor and
-// returns its id; nil: passthrough is out of the question.
-func (h *handles) add(register func(fd int) (int32, bool)) fuse.OpenOut {
+// returns its id; nil: it cannot have one more. b is the branch that the file lies in.
+//
+// A file that could be passthrough but for a cached handle is opened for direct I/O: else sessions that come and go would
+// hand the cached mode on to each other for ever, and the branch would never leave.
+func (h *handles) add(register func(fd int) (int32, bool), b *branch) fuse.OpenOut {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if register != nil && h.cached == 0 && h.passOn(register) {
+	if h.through > 0 || register != nil && h.cached == 0 && h.passOn(register) {
 		h.through++
 		h.stale = true
 		return fuse.OpenOut{Fh: through, OpenFlags: fuse.FOPEN_PASSTHROUGH, BackingID: h.backing}
+	}
+	if register != nil && h.cached > 0 || !b.cache() {
+		h.stale = true
+		return fuse.OpenOut{Fh: direct, OpenFlags: fuse.FOPEN_DIRECT_IO}
 	}
 	h.cached++
 	out := fuse.OpenOut{Fh: cached, OpenFlags: fuse.FOPEN_KEEP_CACHE}
@@ -86,27 +94,33 @@ func (h *handles) add(register func(fd int) (int32, bool)) fuse.OpenOut {
 	return out
 }
 
-// passOn tells whether the backing descriptor is known to the kernel. Caller holds mu.
+// passOn makes the backing descriptor known to the kernel. Caller holds mu.
 func (h *handles) passOn(register func(fd int) (int32, bool)) bool {
-	if h.through > 0 {
-		return true
-	}
 	id, ok := register(int(h.fd.Load()))
 	h.backing = id
 	return ok
 }
 
 // remove takes a handle away. unregister undoes register.
-func (h *handles) remove(mode uint64, unregister func(id int32)) {
+func (h *handles) remove(mode uint64, unregister func(id int32), b *branch) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if mode != through {
+	switch mode {
+	case cached:
 		h.cached--
-		return
+		b.uncache()
+	case through:
+		if h.through--; h.through == 0 {
+			unregister(h.backing)
+		}
 	}
-	if h.through--; h.through == 0 {
-		unregister(h.backing)
-	}
+}
+
+// isCached tells whether a handle is served by way of the kernel's page cache of our inode.
+func (h *handles) isCached() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.cached > 0
 }
 
 // close ends the file when nobody can ask for it any more.

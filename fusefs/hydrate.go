@@ -37,14 +37,14 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 	defer context.AfterFunc(v.ctx, cancel)()
 	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}}
 	for {
-		found, err := h.pass(ctx)
+		whole, err := h.round(ctx)
 		if err != nil && v.ctx.Err() != nil {
 			return ErrUnmounted
 		}
 		if err != nil {
 			return fmt.Errorf("hydrate %s: %w", v.dir, err)
 		}
-		if found == 0 {
+		if whole {
 			break
 		}
 	}
@@ -64,13 +64,29 @@ type hydrator struct {
 	damaged []error
 }
 
-// pass goes through the tree once. A file that was renamed meanwhile may be missed, so passes end when one finds nothing.
-func (h *hydrator) pass(ctx context.Context) (found int, err error) {
+// round makes one branch after the other whole, but for what is damaged. It tells whether all of them were whole when it
+// began: then nothing can have come from one into another that it missed.
+func (h *hydrator) round(ctx context.Context) (whole bool, err error) {
+	whole = true
+	err = h.v.eachBranch(func(b *branch) error {
+		for damaged := len(h.damaged); !b.isWhole() && len(h.damaged) == damaged; {
+			whole = false
+			if _, err := b.search(func() (int, error) { return h.pass(ctx, b) }); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return whole, errors.Join(append([]error{err}, h.damaged...)...)
+}
+
+// pass goes through a branch once.
+func (h *hydrator) pass(ctx context.Context, b *branch) (found int, err error) {
 	files := make(chan *node)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer close(files)
-		return h.v.eachPlaceholder(ctx, func(n *node) error {
+		return h.v.eachPlaceholder(ctx, b, func(n *node) error {
 			select {
 			case files <- n:
 				found++
@@ -85,11 +101,7 @@ func (h *hydrator) pass(ctx context.Context) (found int, err error) {
 		g.Go(func() error { return h.work(ctx, files) })
 	}
 	err = g.Wait()
-	err = errors.Join(err, h.settle(h.takeFilled(0)))
-	if err != nil {
-		return found, err
-	}
-	return found, errors.Join(h.damaged...)
+	return found, errors.Join(err, h.settle(h.takeFilled(0)))
 }
 
 func (h *hydrator) work(ctx context.Context, files <-chan *node) error {
@@ -201,9 +213,9 @@ func (h *hydrator) detach(n *node) error {
 	return n.file.detach(fd)
 }
 
-// eachPlaceholder calls fn for the node of each file that has the attribute, with a reference that fn takes.
-func (v *Overlay) eachPlaceholder(ctx context.Context, fn func(*node) error) error {
-	return eachFile(ctx, procPath(v.root), func(dirfd int, name string, _ *unix.Stat_t) error {
+// eachPlaceholder calls fn for the node of each file of a branch that has the attribute, with a reference that fn takes.
+func (v *Overlay) eachPlaceholder(ctx context.Context, b *branch, fn func(*node) error) error {
+	return v.eachFileOf(ctx, b, func(dirfd int, name string, _ *unix.Stat_t) error {
 		p, err := readPlaceholder(procPath(dirfd) + "/" + name)
 		if errors.Is(err, unix.ENOENT) || err == nil && p.limit == 0 {
 			return nil
@@ -211,7 +223,7 @@ func (v *Overlay) eachPlaceholder(ctx context.Context, fn func(*node) error) err
 		if err != nil {
 			return err
 		}
-		n, _, err := v.look(dirfd, name)
+		n, _, err := v.look(b, dirfd, name)
 		switch {
 		case errors.Is(err, unix.ENOENT):
 			return nil
@@ -232,16 +244,21 @@ func eachFile(ctx context.Context, dir string, fn func(dirfd int, name string, s
 		return fmt.Errorf("open a directory: %w", err)
 	}
 	defer unix.Close(fd)
-	var names []string
-	err = readDir(procPath(fd), func(e fuse.DirEntry) {
-		if e.Name != "." && e.Name != ".." {
-			names = append(names, e.Name)
-		}
-	})
+	names, err := namesIn(procPath(fd))
 	for i := 0; i < len(names) && err == nil; i++ {
 		err = eachFileAt(ctx, fd, names[i], fn)
 	}
 	return err
+}
+
+// namesIn lists a directory without "." and "..".
+func namesIn(dir string) (names []string, err error) {
+	err = readDir(dir, func(e fuse.DirEntry) {
+		if e.Name != "." && e.Name != ".." {
+			names = append(names, e.Name)
+		}
+	})
+	return names, err
 }
 
 func eachFileAt(ctx context.Context, dirfd int, name string, fn func(int, string, *unix.Stat_t) error) error {

@@ -40,7 +40,7 @@ func (v *Overlay) openFile(n *node) (fuse.OpenOut, error) {
 	}
 	v.nodes.ref(n)
 	v.openFiles.Add(1)
-	return n.file.open.add(register), nil
+	return n.file.open.add(register, n.branch), nil
 }
 
 // whole tells whether the backing file has all bytes, and makes it so if it is small. Where that fails the file is
@@ -92,13 +92,13 @@ func (v *Overlay) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 	if n == nil || n.file == nil {
 		return
 	}
-	n.file.open.remove(in.Fh, v.unregister)
+	n.file.open.remove(in.Fh, v.unregister, n.branch)
 	n.file.open.release()
 	v.openFiles.Add(-1)
 	v.nodes.drop(n, 1)
 }
 
-// Read answers a cached handle.
+// Read answers a handle that is not passthrough.
 func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
 	n := v.nodes.get(in.NodeId)
 	if n == nil || n.file == nil {
@@ -111,7 +111,7 @@ func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Rea
 	return fuse.ReadResultData(buf[:count]), fuse.OK
 }
 
-// Write answers a cached handle.
+// Write answers a handle that is not passthrough.
 func (v *Overlay) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	n := v.nodes.get(in.NodeId)
 	if n == nil || n.file == nil {
@@ -120,6 +120,12 @@ func (v *Overlay) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint3
 	count, err := n.file.writeAt(n.file.open.descriptor(), data, int64(in.Offset))
 	if err != nil && count == 0 {
 		return 0, v.faults.status("write", n.key.ino, err)
+	}
+	if in.Fh == direct && count > 0 && n.file.open.isCached() {
+		// Read-ahead for a cached handle may have taken up what was there before.
+		if s := v.server.InodeNotify(n.id, int64(in.Offset), int64(count)); !s.Ok() {
+			return 0, v.faults.eio("write beside a cached handle", n.key.ino, unix.Errno(s))
+		}
 	}
 	return uint32(count), fuse.OK
 }

@@ -1,6 +1,7 @@
 package fusefs
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ type LayOptions struct {
 	Link   func(path, target string) string // where a symbolic link shall lead; nil: where it led
 	Rename func(path string) string         // a file's place, relative to the directory, if it has another one than in the backup; else ""
 	Skip   func(path string) bool           // leave this and all below it out
+	Whole  func(path string) bool           // a file that is written whole, for it will be wanted at once
 }
 
 // LayResult is what was laid.
@@ -137,6 +139,8 @@ func (l *layer) entry(wg *sync.WaitGroup, fd int, name string, e repo.Entry) err
 		err = l.mkdir(wg, fd, name, e)
 	case e.Link != "":
 		err = l.symlink(fd, name, e)
+	case l.isWhole(name):
+		err = l.spread(wg, func() error { return l.file(fd, name, e) })
 	default:
 		err = l.file(fd, name, e)
 	}
@@ -171,7 +175,8 @@ func (l *layer) symlink(parent int, name string, e repo.Entry) error {
 	return l.attributes(parent, e.Name, e)
 }
 
-// file makes a regular file: whole if its bytes are at hand or nobody could write to it later, else a placeholder.
+// file makes a regular file: whole if its bytes are at hand, if nobody could write to it later or if that was asked for,
+// else a placeholder.
 func (l *layer) file(parent int, name string, e repo.Entry) error {
 	parent, at, err := l.place(parent, name, e)
 	if err != nil {
@@ -183,14 +188,13 @@ func (l *layer) file(parent int, name string, e repo.Entry) error {
 	}
 	defer unix.Close(fd)
 	l.files.Add(1)
-	content, whole := e.Inline()
-	if !whole && e.Mode.Perm()&0o200 == 0 {
-		whole = true
-		content, err = l.read(e)
-	}
-	if err == nil && whole {
+	content, inline := e.Inline()
+	switch {
+	case inline:
 		_, err = pwriteFull(fd, content, 0)
-	} else if err == nil {
+	case e.Mode.Perm()&0o200 == 0 || l.isWhole(name):
+		err = l.copy(fd, e)
+	default:
 		err = l.placeholder(fd, name, e)
 	}
 	if err != nil {
@@ -198,6 +202,8 @@ func (l *layer) file(parent int, name string, e repo.Entry) error {
 	}
 	return l.attributes(parent, at, e)
 }
+
+func (l *layer) isWhole(name string) bool { return l.o.Whole != nil && l.o.Whole(name) }
 
 // place tells in which directory and by which name a file is made; a moved file's directory is made if need be.
 func (l *layer) place(parent int, name string, e repo.Entry) (dirfd int, at string, err error) {
@@ -222,13 +228,35 @@ func (l *layer) placeholder(fd int, name string, e repo.Entry) error {
 	return placeholder{limit: e.Size, path: name}.write(fd)
 }
 
-func (l *layer) read(e repo.Entry) ([]byte, error) {
+// copyPiece is the unit in which zeros are recognized: most of the last WAL segment is.
+const copyPiece = 128 << 10
+
+// copy writes a file whole. Where blocks can be had without writing them, zeros are not written, and need not be synced.
+func (l *layer) copy(fd int, e repo.Entry) error {
 	f, err := l.b.Open(l.ctx, e)
-	if err != nil {
-		return nil, err
+	if err != nil || e.Size == 0 {
+		return err
 	}
-	p := make([]byte, e.Size)
-	return p, readFull(f, p, 0)
+	err = unix.Fallocate(fd, 0, 0, e.Size)
+	if errors.Is(err, unix.ENOSPC) {
+		return err
+	}
+	given := err == nil
+	buf := make([]byte, min(e.Size, copyPiece))
+	zeros := make([]byte, len(buf))
+	for at := int64(0); at < e.Size; at += copyPiece {
+		p := buf[:min(copyPiece, e.Size-at)]
+		if err := readFull(f, p, at); err != nil {
+			return err
+		}
+		if given && bytes.Equal(p, zeros[:len(p)]) {
+			continue
+		}
+		if _, err := pwriteFull(fd, p, at); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // attributes gives a file its owner, permissions and time of change. chown(2) clears set-user-ID bits: it comes first.

@@ -60,7 +60,7 @@ func leakedMounts() []string {
 	var leaked []string
 	for line := range strings.Lines(string(b)) {
 		fields := strings.Fields(line)
-		if strings.Contains(line, " fuse.pgthaw") && strings.HasPrefix(fields[4], os.TempDir()+"/Test") {
+		if strings.HasPrefix(fields[4], os.TempDir()+"/Test") && (strings.Contains(line, " fuse.pgthaw") || strings.Contains(fields[4], "/pgdata/")) {
 			leaked = append(leaked, fields[4])
 		}
 	}

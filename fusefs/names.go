@@ -26,8 +26,8 @@ func (v *Overlay) place(parent uint64, name string) (dir *node, path string, err
 	return dir, name, nil
 }
 
-// look finds what is at a path beneath a directory and counts a reference to its node.
-func (v *Overlay) look(dirfd int, path string) (*node, *unix.Stat_t, error) {
+// look finds what is at a path beneath a directory of a branch and counts a reference to its node.
+func (v *Overlay) look(b *branch, dirfd int, path string) (*node, *unix.Stat_t, error) {
 	fd, err := unix.Openat(dirfd, path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, err
@@ -37,24 +37,27 @@ func (v *Overlay) look(dirfd int, path string) (*node, *unix.Stat_t, error) {
 		unix.Close(fd)
 		return nil, nil, fmt.Errorf("stat: %w", err)
 	}
-	return v.nodes.adopt(fd, &st, v.newFile), &st, nil
+	if b == v.top && st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		b = v.branchAt(path)
+	}
+	return v.nodes.adopt(fd, &st, b, v.newFile), &st, nil
 }
 
 func (v *Overlay) newFile(n *node) *file {
 	return &file{name: n.path, openLower: v.openLower, block: v.block, traffic: &v.traffic}
 }
 
-// entry answers with the node at a path, to which the kernel has one reference more from now on.
-func (v *Overlay) entry(dirfd int, path string, out *fuse.EntryOut) error {
-	n, st, err := v.look(dirfd, path)
+// entry answers with the node at a path, to which the kernel has one reference more from now on. The attributes are not
+// to be believed for longer than this answer (see SetAttr), unless the caller knows better.
+func (v *Overlay) entry(dir *node, path string, out *fuse.EntryOut) (*node, error) {
+	n, st, err := v.look(dir.branch, dir.fd, path)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	out.NodeId, out.Generation = n.id, 1
-	out.SetEntryTimeout(validity)
-	out.SetAttrTimeout(validity)
+	out.SetEntryTimeout(dir.branch.validity())
 	n.attributes(st, &out.Attr)
-	return nil
+	return n, nil
 }
 
 // Lookup finds a name.
@@ -63,11 +66,16 @@ func (v *Overlay) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out 
 	if errors.Is(err, unix.EPERM) {
 		return fuse.ENOENT
 	}
+	var n *node
 	if err == nil {
-		err = v.entry(dir.fd, path, out)
+		n, err = v.entry(dir, path, out)
 	}
-	if errors.Is(err, unix.ENOENT) {
-		// A reply without a node lets the kernel remember that there is nothing.
+	if err == nil {
+		out.SetAttrTimeout(n.branch.validity())
+	}
+	if errors.Is(err, unix.ENOENT) && in.NodeId == fuse.FUSE_ROOT_ID && v.top.validity() > 0 {
+		// A reply without a node lets the kernel remember that there is nothing. Below the root it must not: those
+		// memories could not be found again when the directory leaves the mount.
 		out.NodeId = 0
 		out.SetEntryTimeout(validity)
 		return fuse.OK
@@ -95,7 +103,8 @@ func (v *Overlay) make(in *fuse.InHeader, name string, mode uint32, create func(
 	if err := v.give(in, dir, path, mode); err != nil {
 		return err
 	}
-	return v.entry(dir.fd, path, out)
+	_, err = v.entry(dir, path, out)
+	return err
 }
 
 // give sets owner and permissions of a new file. In a directory with the set-group-ID bit the group stays the
@@ -154,11 +163,15 @@ func (v *Overlay) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fus
 	if err == nil && n == nil {
 		err = unix.ESTALE
 	}
+	if err == nil && v.leaves && n.branch != dir.branch {
+		err = unix.EXDEV
+	}
 	if err == nil {
+		defer dir.branch.moving(n.branch)()
 		err = unix.Linkat(unix.AT_FDCWD, n.path(), dir.fd, path, unix.AT_SYMLINK_FOLLOW)
 	}
 	if err == nil {
-		err = v.entry(dir.fd, path, out)
+		_, err = v.entry(dir, path, out)
 	}
 	return v.faults.status("link", in.NodeId, err)
 }
@@ -193,10 +206,10 @@ func (v *Overlay) openExisting(in *fuse.CreateIn, name string, out *fuse.CreateO
 	if err != nil {
 		return err
 	}
-	if err := v.entry(dir.fd, path, &out.EntryOut); err != nil {
+	n, err := v.entry(dir, path, &out.EntryOut)
+	if err != nil {
 		return err
 	}
-	n := v.nodes.get(out.NodeId)
 	if n.file == nil {
 		err = unix.EEXIST
 	} else if in.Flags&unix.O_TRUNC != 0 {
@@ -229,14 +242,20 @@ func (v *Overlay) Rmdir(_ <-chan struct{}, in *fuse.InHeader, name string) fuse.
 	return v.faults.status("rmdir", in.NodeId, err)
 }
 
-// Rename gives a file another name, also with the flags of renameat2(2).
+// Rename gives a file another name, also with the flags of renameat2(2). EXDEV: not from one branch to another, for what
+// has holes must not come into one that leaves the mount.
 func (v *Overlay) Rename(_ <-chan struct{}, in *fuse.RenameIn, oldName, newName string) fuse.Status {
 	from, oldPath, err := v.place(in.NodeId, oldName)
 	if err != nil {
 		return v.faults.status("rename", in.NodeId, err)
 	}
 	to, newPath, err := v.place(in.Newdir, newName)
+	if err == nil && v.leaves && (from.branch != to.branch || v.isBranch(from, oldPath) || v.isBranch(to, newPath)) {
+		err = unix.EXDEV
+	}
 	if err == nil {
+		defer to.branch.moving(from.branch)()
+		defer from.branch.moving(to.branch)()
 		err = unix.Renameat2(from.fd, oldPath, to.fd, newPath, uint(in.Flags))
 	}
 	return v.faults.status("rename", in.NodeId, err)

@@ -15,6 +15,8 @@ type node struct {
 	fd   int   // O_PATH: it pins the inode, so key stays its own for as long as the node lives
 	file *file // of regular files
 
+	branch *branch // that it lies in
+
 	refs uint64 // guarded by nodes.mu: the kernel's lookups, open handles, the hydrator
 }
 
@@ -31,8 +33,8 @@ type nodes struct {
 	last  uint64 // the newest id
 }
 
-func newNodes(rootfd int, st *unix.Stat_t) *nodes {
-	root := &node{id: fuse.FUSE_ROOT_ID, key: keyOf(st), fd: rootfd, refs: 1}
+func newNodes(rootfd int, st *unix.Stat_t, top *branch) *nodes {
+	root := &node{id: fuse.FUSE_ROOT_ID, key: keyOf(st), fd: rootfd, branch: top, refs: 1}
 	return &nodes{
 		byID:  map[uint64]*node{root.id: root},
 		byKey: map[inodeKey]*node{root.key: root},
@@ -48,7 +50,7 @@ func (t *nodes) get(id uint64) *node {
 }
 
 // adopt returns the node of an inode and counts a reference. It takes fd, an O_PATH descriptor of the inode.
-func (t *nodes) adopt(fd int, st *unix.Stat_t, newFile func(*node) *file) *node {
+func (t *nodes) adopt(fd int, st *unix.Stat_t, b *branch, newFile func(*node) *file) *node {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if n := t.byKey[keyOf(st)]; n != nil {
@@ -57,7 +59,7 @@ func (t *nodes) adopt(fd int, st *unix.Stat_t, newFile func(*node) *file) *node 
 		return n
 	}
 	t.last++
-	n := &node{id: t.last, key: keyOf(st), fd: fd, refs: 1}
+	n := &node{id: t.last, key: keyOf(st), fd: fd, branch: b, refs: 1}
 	if st.Mode&unix.S_IFMT == unix.S_IFREG {
 		n.file = newFile(n)
 	}
@@ -82,6 +84,26 @@ func (t *nodes) drop(n *node, refs uint64) {
 	delete(t.byID, n.id)
 	delete(t.byKey, n.key)
 	unix.Close(n.fd)
+}
+
+// in returns the live nodes of a branch.
+func (t *nodes) in(b *branch) []*node {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var found []*node
+	for _, n := range t.byID {
+		if n.branch == b {
+			found = append(found, n)
+		}
+	}
+	return found
+}
+
+// find returns the live node of an inode, nil if there is none.
+func (t *nodes) find(st *unix.Stat_t) *node {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.byKey[keyOf(st)]
 }
 
 // closeAll ends all nodes, when nobody can ask for them any more.

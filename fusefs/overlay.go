@@ -26,6 +26,8 @@ type OverlayOptions struct {
 	SyncBefore  []string          // creating one of these in the root first syncs the backing file system
 	Passthrough bool              // let the kernel serve whole files by itself, where it can
 	FillOnRead  bool              // what is read from the repository is written into the hole it was read for
+	Leave       Leaving           // what Leave takes out of the mount; it takes root
+	First       []string          // directories of the root that Hydrate makes whole before all else, in this order
 }
 
 // Overlay is a mounted, writable backup. Its methods may be called from any goroutine.
@@ -41,6 +43,14 @@ type Overlay struct {
 	root      int   // the bare directory
 	block     int64 // its file system's block size, bytes
 	asRoot    bool  // new files can be given to whoever makes them
+
+	leaves bool        // branches can be taken out of the mount
+	dev    uint64      // of the mount, as stat(2) has it
+	mount  sync.Mutex  // held while mounts are made or taken off; taken before life
+	barred bool        // guarded by mount: nothing can be bound here
+	off    atomic.Bool // taken off the directory, while somebody had a file open: those are served
+	top    *branch     // the files in the root directory; of what leaves as one, all
+	others branches    // by the names of their directories
 
 	server *fuse.Server
 	ctx    context.Context // ends with the mount
@@ -93,6 +103,8 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 		hidden: set(o.Hidden), syncFirst: set(o.SyncBefore),
 		faults: newFaults(o.Log),
 		asRoot: os.Geteuid() == 0,
+		leaves: os.Geteuid() == 0 && o.Leave != Never,
+		top:    new(branch),
 		ctx:    ctx, cancel: cancel,
 		gone: make(chan struct{}),
 	}
@@ -108,6 +120,11 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 	}
 	v.served = served
 	go v.end()
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return nil, errors.Join(fmt.Errorf("look at the mount at %s: %w", dir, err), v.Unmount())
+	}
+	v.dev = st.Dev
 	if err := raiseReadAhead(dir, overlayReadAheadKB); err != nil {
 		v.faults.log.Debug("read-ahead stays as it is", "dir", dir, "err", err)
 	}
@@ -137,7 +154,7 @@ func (v *Overlay) openBare() error {
 		return err
 	}
 	v.root = fd
-	v.nodes = newNodes(fd, &st)
+	v.nodes = newNodes(fd, &st, v.top)
 	return nil
 }
 
@@ -211,12 +228,18 @@ func (v *Overlay) Beneath() string { return procPath(v.root) }
 
 // Unmount takes the mount off. EBUSY (errors.Is): it is in use.
 func (v *Overlay) Unmount() error {
+	v.mount.Lock()
+	defer v.mount.Unlock()
 	select {
 	case <-v.served: // by somebody else already
+		return v.Wait()
 	default:
-		if err := unmount(v.dir, 0); err != nil {
-			return err
-		}
+	}
+	if v.off.Load() {
+		return v.forsake()
+	}
+	if err := v.unmountAll(); err != nil {
+		return err
 	}
 	return v.Wait()
 }

@@ -62,7 +62,7 @@ func overlayChild(ctx context.Context, args []string, ready func()) error {
 	return nil
 }
 
-// answer runs one command of each connection: "hydrate", "status", "unmount".
+// answer runs one command of each connection: "hydrate", "status", "leave", "unmount".
 func answer(l net.Listener, v *Overlay) {
 	for {
 		c, err := l.Accept()
@@ -78,6 +78,8 @@ func answer(l net.Listener, v *Overlay) {
 				err = v.Hydrate(context.Background(), 0)
 			case "crawl\n":
 				err = v.Hydrate(context.Background(), 10<<20)
+			case "leave\n":
+				err = v.Leave()
 			case "unmount\n":
 				err = v.Unmount()
 			}
@@ -87,7 +89,7 @@ func answer(l net.Listener, v *Overlay) {
 			}
 			r := reply{Err: text}
 			if command != "unmount\n" || err != nil {
-				r.Status = v.Status()
+				r.Status, r.Branches = v.Status(), v.Branches()
 			}
 			json.NewEncoder(c).Encode(r)
 		}()
@@ -95,8 +97,9 @@ func answer(l net.Listener, v *Overlay) {
 }
 
 type reply struct {
-	Err    string
-	Status Status
+	Err      string
+	Status   Status
+	Branches []Branch
 }
 
 // thawed is a mounted overlay in a child.

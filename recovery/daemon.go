@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"pgthaw/fusefs"
 	"pgthaw/repo"
@@ -26,6 +27,8 @@ const (
 	// stopPatience is how long a daemon that is told to stop waits for a mount in use: a server that has just ended, or
 	// somebody who looks at a path, keeps it busy for a moment.
 	stopPatience = 2 * time.Second
+	// leaveEvery is the time between attempts to take more of a directory out of its mount.
+	leaveEvery = time.Second
 	// farewell is how long a daemon that was told to end waits for those who use its mount.
 	farewell = 90 * time.Second
 )
@@ -56,6 +59,7 @@ type mounted struct {
 	root root
 	*fusefs.Overlay
 	gone chan struct{}
+	said string // the last error of Leave
 }
 
 // Serve is the body of an overlay's daemon: it mounts what Thaw laid at dir, calls ready, fills the directories, and
@@ -123,6 +127,7 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 	if err := d.mountAll(ctx, d.repo.OpenBackup(m)); err != nil {
 		return err
 	}
+	d.leaveMounts() // what is whole already, before anybody can have a file open
 	if err := ready(); err != nil {
 		return errors.Join(err, d.unmountAll())
 	}
@@ -133,6 +138,13 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 	var g errgroup.Group
 	g.Go(func() error {
 		return serveControl(control, owner, func(q request) reply { return d.answer(answering, q) })
+	})
+	g.Go(func() error {
+		for answering.Err() == nil {
+			wait(answering, leaveEvery)
+			d.leaveMounts()
+		}
+		return nil
 	})
 	err = d.run(ctx)
 	control.Close()
@@ -170,11 +182,13 @@ func (d *daemon) mountAll(ctx context.Context, b *repo.Backup) error {
 	for i, r := range d.record.Roots {
 		o := fusefs.OverlayOptions{
 			Log: d.log, AllowOther: os.Geteuid() == 0, Passthrough: true, FillOnRead: true,
+			Leave: fusefs.Whole, // a tablespace: the server reaches it by its absolute path
 		}
 		if i == 0 {
 			o.Hidden = []string{privateDir}
 			o.Moved = map[string]string{versionFile: movedVersion}
 			o.SyncBefore = []string{"postmaster.pid"} // stands for PostgreSQL's syncfs, which FUSE does not pass on
+			o.Leave, o.First = fusefs.Directories, smallDirs
 		}
 		v, err := fusefs.MountOverlay(context.WithoutCancel(ctx), r.Dir, b, o)
 		if err != nil {
@@ -213,9 +227,26 @@ func (d *daemon) unmountAll() error {
 		if err := m.Unmount(); err != nil {
 			return err
 		}
-		<-m.gone
+		if !m.Left() {
+			<-m.gone
+		}
 	}
 	return nil
+}
+
+// smallDirs are hydrated first, so that they leave the mount soon.
+var smallDirs = []string{"pg_wal", "global", "pg_xact", "pg_multixact", "pg_subtrans", "pg_commit_ts", "pg_logical", "pg_replslot", "pg_stat", "pg_twophase"}
+
+// leaveMounts takes out of the mounts what can do without.
+func (d *daemon) leaveMounts() {
+	for _, m := range d.overlays {
+		err := m.Leave()
+		if err == nil || errors.Is(err, fusefs.ErrUnmounted) || err.Error() == m.said {
+			continue
+		}
+		m.said = err.Error()
+		d.log.Warn("directories stay in the mount", "dir", m.root.Dir, "error", err)
+	}
 }
 
 // takeOff unmounts, and removes what is ours from a directory that is whole. That goes last: a crash before leaves a data
@@ -325,7 +356,10 @@ func (d *daemon) change(fn func(*hydration)) {
 // hydrateOnce fills one root after the other and seals the directory.
 func (d *daemon) hydrateOnce(ctx context.Context, mode hydration) error {
 	for _, m := range d.overlays {
-		if err := m.Hydrate(ctx, mode.bytesPerSecond); err != nil {
+		if m.Left() { // only a whole one does
+			continue
+		}
+		if err := m.Hydrate(ctx, mode.bytesPerSecond); err != nil && !m.Left() {
 			return err
 		}
 	}
@@ -341,17 +375,36 @@ func (d *daemon) hydrateOnce(ctx context.Context, mode hydration) error {
 
 // settle takes the mounts off the whole directory as soon as no server runs in it and nobody else uses it.
 func (d *daemon) settle(ctx context.Context) error {
+	var ended time.Time // of the server
 	for ctx.Err() == nil {
-		if d.bare.postmaster() == 0 {
-			err := d.takeOff()
-			if err == nil {
-				return nil
-			}
-			d.fail("take the mount off", err)
+		if pid := d.bare.postmaster(); pid != 0 {
+			awaitPID(ctx, pid, unmountEvery)
+			ended = time.Now()
+			continue
 		}
-		wait(ctx, unmountEvery)
+		err := d.takeOff()
+		if err == nil {
+			return nil
+		}
+		d.fail("take the mount off", err)
+		if time.Since(ended) < stopPatience { // its logger ends after it
+			wait(ctx, stopPatience/100)
+		} else {
+			wait(ctx, unmountEvery)
+		}
 	}
 	return ctx.Err()
+}
+
+// awaitPID returns as soon as a process has ended, or after a time.
+func awaitPID(ctx context.Context, pid int, limit time.Duration) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		wait(ctx, limit)
+		return
+	}
+	defer unix.Close(fd)
+	awaitExit(fd, int(limit.Milliseconds()))
 }
 
 // leave ends the daemon before its work is done: it goes on serving those who use the mount for a while.
@@ -400,7 +453,7 @@ func (d *daemon) answer(ctx context.Context, q request) reply {
 	default:
 		err = fmt.Errorf("unknown command %q", q.Command)
 	}
-	r := reply{Status: d.status()}
+	r := reply{Status: d.status(ctx)}
 	if err != nil {
 		r.Error, r.Busy = err.Error(), errors.Is(err, syscall.EBUSY)
 	}
@@ -442,7 +495,7 @@ func (d *daemon) setStopping(stopping bool) {
 	d.stopping = stopping
 }
 
-func (d *daemon) status() OverlayStatus {
+func (d *daemon) status(ctx context.Context) OverlayStatus {
 	d.mu.Lock()
 	sealed, lastErr, at := d.sealed, d.lastErr, d.errAt
 	d.mu.Unlock()
@@ -460,9 +513,29 @@ func (d *daemon) status() OverlayStatus {
 	for _, m := range d.overlays {
 		if m.on() {
 			s.add(m.Status())
+			s.addBranches(m.Branches())
+		} else if m.Left() {
+			s.Native = append(s.Native, m.root.Dir)
+			if err := s.measure(ctx, m.root.Dir); err != nil {
+				d.log.Warn("look at a tablespace", "dir", m.root.Dir, "error", err)
+			}
 		}
 	}
 	return s
+}
+
+func (s *OverlayStatus) addBranches(branches []fusefs.Branch) {
+	for _, b := range branches {
+		if b.Left {
+			s.Native = append(s.Native, b.Dir)
+			continue
+		}
+		held := Held{Dir: b.Dir, Processes: []HeldBy{}}
+		for _, p := range b.Holders {
+			held.Processes = append(held.Processes, HeldBy{p.PID, p.Command})
+		}
+		s.Held = append(s.Held, held)
+	}
 }
 
 func (s *OverlayStatus) add(f fusefs.Status) {

@@ -286,6 +286,21 @@ type OverlayStatus struct {
 	LastError           string `json:"last_error,omitempty"`  // why hydration, or taking the mount off, did not go on
 
 	LastErrorAt *time.Time `json:"last_error_at,omitempty"`
+
+	Native []string `json:"native,omitempty"` // directories that are reached without the mount
+	Held   []Held   `json:"held,omitempty"`
+}
+
+// Held is a directory that is whole, and is still reached through the mount.
+type Held struct {
+	Dir       string   `json:"dir"`
+	Processes []HeldBy `json:"processes"` // have had files open there since before the directory was whole
+}
+
+// HeldBy is a process.
+type HeldBy struct {
+	PID     int    `json:"pid"`
+	Command string `json:"command"`
 }
 
 // The states of an overlay.

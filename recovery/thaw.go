@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"pgthaw/fusefs"
 	"pgthaw/repo"
@@ -76,7 +78,10 @@ func (j *job) lay(ctx context.Context, o ThawOptions) error {
 	if err != nil {
 		return err
 	}
-	how := j.layOptions()
+	how, err := j.layOptions(ctx)
+	if err != nil {
+		return err
+	}
 	for _, r := range j.roots {
 		if _, err := fusefs.Lay(ctx, j.backup, r.Path, r.Dir, how); err != nil {
 			return err
@@ -85,9 +90,19 @@ func (j *job) lay(ctx context.Context, o ThawOptions) error {
 	return nil
 }
 
-func (j *job) layOptions() fusefs.LayOptions {
+// atOnce is how many bytes of pg_wal are laid whole, for replay wants them and a directory without holes leaves the mount
+// at once. More than that is hydrated, before all else.
+const atOnce = 64 << 20
+
+func (j *job) layOptions(ctx context.Context) (fusefs.LayOptions, error) {
+	const wal = "pgdata/pg_wal"
+	size, err := j.sizeBelow(ctx, wal)
+	if err != nil {
+		return fusefs.LayOptions{}, err
+	}
 	o := fusefs.LayOptions{
-		Link: func(path, target string) string { return relink(j.roots, path, target) },
+		Whole: func(path string) bool { return size <= atOnce && strings.HasPrefix(path, wal+"/") },
+		Link:  func(path, target string) string { return relink(j.roots, path, target) },
 		Rename: func(path string) string {
 			if path == "pgdata/"+versionFile {
 				return movedVersion
@@ -102,7 +117,22 @@ func (j *job) layOptions() fusefs.LayOptions {
 	if j.owner.foreign() {
 		o.Owner = &fusefs.Owner{UID: uint32(j.owner.uid), GID: uint32(j.owner.gid)}
 	}
-	return o
+	return o, nil
+}
+
+// sizeBelow adds up the files in a directory of the backup, without those in directories below.
+func (j *job) sizeBelow(ctx context.Context, dir string) (size int64, err error) {
+	list, err := j.backup.ReadDir(ctx, dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	for i := range list.Len() {
+		size += list.At(i).Size
+	}
+	return size, nil
 }
 
 // unlay takes back what lay made. A daemon that failed has taken its mount off; if it has not, nothing is removed

@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -64,14 +66,21 @@ func testThaw(t *testing.T, s *source) {
 	if got := copySQL(t, res, "select count(*) from ledger"); got != "30001" {
 		t.Errorf("%s rows", got)
 	}
-	if st := status(t, res.Target); !st.Mounted || st.ServerPID != res.PID || st.BytesTotal < res.SizeBytes/2 {
+	st := status(t, res.Target)
+	if !st.Mounted || st.ServerPID != res.PID || st.BytesTotal < res.SizeBytes/2 {
 		t.Errorf("%+v", st)
+	}
+	if got := slices.Contains(st.Native, filepath.Join(res.Target, "pg_wal")); got != (os.Geteuid() == 0) {
+		t.Errorf("pg_wal is reached without the mount: %v; these are: %v", got, st.Native)
 	}
 	if err := Discard(t.Context(), res.Target); !errors.Is(err, ErrServerRunning) {
 		t.Errorf("discard under a server: %v", err)
 	}
 	if err := Finish(t.Context(), res.Target, nil); !errors.Is(err, ErrServerRunning) {
 		t.Errorf("finish under a server: %v", err)
+	}
+	if _, err := Restart(t.Context(), res.Target, nil); !errors.Is(err, ErrServerRunning) || !strings.Contains(err.Error(), "which started it") {
+		t.Errorf("restart of a server whose parent lives: %v", err)
 	}
 	copySQL(t, res, "insert into ledger values (-1)")
 	endServer(t, res)

@@ -232,7 +232,7 @@ var commandExits = map[string][]int{
 	"restore":          {10, 12, 13, 14, 15, 16, 17, 18, 20},
 	"overlay status":   {17},
 	"overlay resume":   {10, 12, 13, 14, 16, 17, 19, 20},
-	"overlay finish":   {16, 17, 19, 20},
+	"overlay finish":   {16, 17, 18, 19, 20},
 	"overlay discard":  {17, 19},
 	"overlay serve":    {10, 12, 13, 14, 16, 17, 19, 20},
 	"wal stream":       {10, 12, 13, 16, 18, 20, 23, 24},

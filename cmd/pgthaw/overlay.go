@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -60,8 +61,10 @@ func overlayResume(c *cli.Context) error {
 func overlayFinishCommand() *cli.Command {
 	return &cli.Command{
 		Name: "finish", Usage: "copy the rest to disk and take the mount off", ArgsUsage: "DIR",
-		Description: "Afterwards DIR is an ordinary data directory that needs pgthaw no more. PostgreSQL must be stopped for the last step.",
-		Action:      overlayFinish,
+		Description: "Afterwards DIR is an ordinary data directory that needs pgthaw no more. PostgreSQL must be stopped for the last step:\n" +
+			"--restart does that when all is copied, and starts it again as it was started, usually within a second.",
+		Flags:  []cli.Flag{&cli.BoolFlag{Name: "restart", Usage: "restart PostgreSQL around the last step, if it runs there"}},
+		Action: overlayFinish,
 	}
 }
 
@@ -71,8 +74,23 @@ func overlayFinish(c *cli.Context) error {
 		return err
 	}
 	p := newProgress(c)
-	defer p.done()
-	return recovery.Finish(c.Context, args[0], func(g recovery.Progress) { p.update(g.Phase, g.Done, g.Total) })
+	update := func(g recovery.Progress) { p.update(g.Phase, g.Done, g.Total) }
+	if !c.Bool("restart") {
+		defer p.done()
+		return recovery.Finish(c.Context, args[0], update)
+	}
+	downtime, err := recovery.Restart(c.Context, args[0], update)
+	p.done()
+	if err != nil || downtime == 0 {
+		return err
+	}
+	if c.Bool("json") {
+		return printJSON(c.App.Writer, struct {
+			DowntimeMS int64 `json:"downtime_ms"`
+		}{downtime.Milliseconds()})
+	}
+	_, err = fmt.Fprintf(c.App.Writer, "PostgreSQL was restarted; it accepted no connections for %.2f s\n", downtime.Seconds())
+	return err
 }
 
 func overlayDiscardCommand() *cli.Command {
@@ -120,6 +138,12 @@ func printStatus(w io.Writer, s recovery.OverlayStatus) error {
 	if s.ServerPID != 0 {
 		t.row("PostgreSQL", fmt.Sprintf("process %d", s.ServerPID))
 	}
+	if len(s.Native) > 0 {
+		t.row("Without mount", strings.Join(below(s.Target, s.Native), ", "))
+	}
+	for _, h := range s.Held {
+		t.row("Still mounted", below(s.Target, []string{h.Dir})[0]+": "+heldBy(h.Processes))
+	}
 	switch {
 	case s.LastErrorAt != nil:
 		t.row("Last error", fmt.Sprintf("%s: %s", clock(*s.LastErrorAt), s.LastError))
@@ -130,6 +154,25 @@ func printStatus(w io.Writer, s recovery.OverlayStatus) error {
 		t.row("Next step", "pgthaw overlay resume "+shellQuote(s.Target))
 	}
 	return t.print(w)
+}
+
+// below shortens the directories in dir.
+func below(dir string, paths []string) (short []string) {
+	for _, path := range paths {
+		short = append(short, strings.TrimPrefix(path, dir+"/"))
+	}
+	return short
+}
+
+func heldBy(processes []recovery.HeldBy) string {
+	if len(processes) == 0 {
+		return "files were opened before it was on disk"
+	}
+	var names []string
+	for _, p := range processes {
+		names = append(names, fmt.Sprintf("%d (%s)", p.PID, p.Command))
+	}
+	return "files are open since before it was on disk, by process " + strings.Join(names, ", ")
 }
 
 func onDisk(s recovery.OverlayStatus) string {

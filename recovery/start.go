@@ -21,6 +21,7 @@ func (j *job) startServer(ctx context.Context, res *Result) error {
 	if err != nil {
 		return err
 	}
+	j.server = s
 	res.Port, res.SocketDir, res.PID, res.ServerLog = j.start.port, j.start.sockets[0], s.pid, s.log
 	w := recoveryWait{job: j, server: s}
 	var refused error

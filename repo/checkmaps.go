@@ -68,7 +68,7 @@ func (s *packSets) union(numbers []uint32) uint32 {
 func (c *checker) checkMaps(ctx context.Context) error {
 	c.maps = &mapChecker{c: c, sets: packSets{numbers: map[string]uint32{}}, seen: map[place]uint32{}, loose: map[place]Ref{}}
 	for _, cl := range c.clusters {
-		for _, m := range cl.backups {
+		for _, m := range cl.withImages() {
 			set, err := c.maps.tree(ctx, cl, m, m.Root)
 			if err == nil {
 				err = c.checkListed(ctx, m, c.maps.sets.sets[set])
@@ -276,7 +276,7 @@ func walFileOf(name pg.WALName) string { return "pgdata/pg_wal/" + name.String()
 // blame finds the files that something damaged is part of. It looks only where a damaged pack is referred to.
 func (c *checker) blame(ctx context.Context) error {
 	for _, cl := range c.clusters {
-		for _, m := range cl.backups {
+		for _, m := range cl.withImages() {
 			b := blamer{mapChecker: c.maps, m: m}
 			if err := b.directory(ctx, "", m.Root); err != nil {
 				return err

@@ -310,7 +310,7 @@ func (c *checker) packUsers(ctx context.Context) (map[PackID][]Affected, error) 
 		return users, nil
 	}
 	for _, cl := range c.clusters {
-		for _, m := range cl.backups {
+		for _, m := range cl.withImages() {
 			uses, err := c.r.packList(ctx, m)
 			if unanswered(ctx, err) != nil {
 				return users, err

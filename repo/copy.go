@@ -250,6 +250,7 @@ func (c *clusterCopier) list(ctx context.Context, to []*storedBackup) (deleted m
 	c.inTo, deleted = map[string]string{}, map[string]bool{}
 	for _, b := range to {
 		switch {
+		case isImage(b.Backup): // copied by what it is, not by its id
 		case b.listed():
 			c.inTo[OriginalID(b.Backup)] = b.Backup
 		case !b.deleted.IsZero():

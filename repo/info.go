@@ -115,6 +115,7 @@ func (c *infoCounter) addCluster(ctx context.Context, cluster Cluster) error {
 		for _, u := range uses {
 			c.addPack(&ci, b, u)
 		}
+		bad = append(bad, c.addImages(ctx, &ci, b))
 		c.backups = append(c.backups, b)
 	}
 	c.info.SizeBytes += ci.SizeBytes

@@ -1,0 +1,433 @@
+package recovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"syscall"
+	"time"
+
+	"pgthaw/repo"
+	"pgthaw/repo/pg"
+)
+
+// ImageOptions of MakeImages.
+type ImageOptions struct {
+	Cluster  string
+	Backup   string // an id, or repo.Latest
+	Refresh  bool   // bring what is there forward to the newest WAL
+	Scratch  string // where a temporary directory is made; "": where temporary files are. It takes what a start writes
+	BinDir   string // of PostgreSQL's programs; "": found by the backup's version
+	KeyFiles KeyFiles
+	Tool     string // recorded as what wrote the image
+
+	RestoreCommand func(dir string) (string, error)            // for PostgreSQL in a data directory
+	SpawnDaemon    func(ctx context.Context, dir string) error // see ThawOptions
+	Log            *slog.Logger                                // nil: nothing is logged
+	Progress       func(Progress)                              // may be nil
+}
+
+// Images tells what MakeImages made.
+type Images struct {
+	Made      []*repo.Manifest
+	NoForward string // why none was made that replays on; "": one was made, or is there
+}
+
+// MakeImages makes the boot images that a backup lacks: it thaws the backup into a temporary directory, has PostgreSQL recover there
+// and shut down, and stores the pages that this has changed. Nothing of that is left, whatever happens. An image is stored only after a
+// clean shutdown, so it proves that the backup starts.
+func MakeImages(ctx context.Context, r *repo.Repository, o ImageOptions) (done Images, err error) {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	m, err := r.Manifest(ctx, o.Cluster, o.Backup)
+	if err != nil {
+		return done, err
+	}
+	have, err := r.ImagesOf(ctx, m)
+	if err != nil {
+		o.Log.Warn("a boot image of the backup cannot be read", "error", err)
+	}
+	k := imageMaker{r: r, o: o, m: m}
+	k.sweep(ctx)
+	if newestOf(have, repo.ImagePromoted) == nil {
+		image, err := k.make(ctx, repo.ImagePromoted, Target{Immediate: true, Timeline: "current"})
+		if err != nil {
+			return done, err
+		}
+		done.Made = append(done.Made, image)
+	}
+	last := newestOf(have, repo.ImageRecovery)
+	if last != nil && !o.Refresh {
+		return done, nil
+	}
+	at, why, err := k.checkpoint(ctx)
+	if err != nil || why != "" {
+		done.NoForward = why
+		return done, err
+	}
+	if last != nil && at.LSN < last.Image.LSN {
+		done.NoForward = fmt.Sprintf("no checkpoint behind %s, to which the boot image has come, is in the repository", last.Image.LSN)
+		return done, nil
+	}
+	image, err := k.make(ctx, repo.ImageRecovery, Target{LSN: at.LSN, Action: "shutdown"})
+	if err == nil {
+		done.Made = append(done.Made, image)
+	}
+	return done, err
+}
+
+func newestOf(images []*repo.Manifest, kind repo.ImageKind) (newest *repo.Manifest) {
+	for _, m := range images {
+		if m.Image.Kind == kind {
+			newest = m
+		}
+	}
+	return newest
+}
+
+// imageMaker makes images of one backup.
+type imageMaker struct {
+	r    *repo.Repository
+	o    ImageOptions
+	m    *repo.Manifest
+	path *walPath // from the backup to the end of its WAL
+}
+
+// checkpoint finds the newest checkpoint behind the backup's end. Recovery that stops there leaves a server that has next to nothing to
+// replay when it is started again (CreateRestartPoint). why says that there is none.
+func (k *imageMaker) checkpoint(ctx context.Context) (at pg.CheckpointRecord, why string, err error) {
+	a, err := openArchive(ctx, k.r, k.m.Cluster)
+	if err != nil {
+		return at, "", err
+	}
+	alone, err := k.r.Standalone(ctx, k.m)
+	if err != nil {
+		return at, "", err
+	}
+	if alone {
+		return at, "the WAL behind the backup was pruned", nil
+	}
+	if k.path, err = a.pathOf(ctx, k.m, "", false); err != nil {
+		return at, "", err
+	}
+	for i := len(k.path.names) - 1; i >= 0 && a.size.Start(k.path.first+uint64(i)+1) > k.m.StopLSN; i-- {
+		content, err := k.r.WAL(ctx, k.m.Cluster, k.path.names[i])
+		if err != nil {
+			return at, "", err
+		}
+		at, ok, err := pg.LastCheckpoint(content, k.path.names[i], a.size)
+		if err != nil {
+			return at, "", err
+		}
+		if ok && at.LSN >= k.m.StopLSN {
+			return at, "", nil
+		}
+	}
+	return at, "no checkpoint behind the backup's end is in the repository yet", nil
+}
+
+// make makes one image: what recovery to a target leaves.
+func (k *imageMaker) make(ctx context.Context, kind repo.ImageKind, t Target) (_ *repo.Manifest, err error) {
+	runtime.LockOSThread() // the server is to end with us: prctl(2), PR_SET_PDEATHSIG is about the thread
+	defer runtime.UnlockOSThread()
+	s, err := newScratch(k.o.Scratch)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if left := s.remove(context.WithoutCancel(ctx)); left != nil {
+			k.o.Log.Warn("a temporary directory is left: the next boot image removes it", "dir", s.dir, "error", left)
+		}
+	}()
+	j, err := k.recover(ctx, s, t, kind)
+	if err != nil {
+		return nil, fmt.Errorf("make a boot image of backup %s: %w", k.m.ID, err)
+	}
+	image, err := k.describe(ctx, j, kind)
+	if err != nil {
+		return nil, err
+	}
+	return j.writeImage(ctx, image, k.o.Tool)
+}
+
+// recover thaws the backup, or the image that is nearer, has the server recover and waits until it has shut down.
+func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, kind repo.ImageKind) (*job, error) {
+	o := Options{
+		Cluster: k.m.Cluster, Backup: k.m.ID, Dir: s.data(), Target: t, TablespaceMapping: s.tablespaces(k.m),
+		Start: true, BinDir: k.o.BinDir, NoBootImage: kind == repo.ImagePromoted, Log: k.o.Log, Progress: k.o.Progress, sockets: s.sockets(),
+	}
+	var err error
+	if o.RestoreCommand, err = k.o.RestoreCommand(o.Dir); err != nil {
+		return nil, err
+	}
+	j, err := prepare(ctx, k.r, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.makeSockets(j.owner); err != nil {
+		return nil, err
+	}
+	if err := j.lay(ctx, ThawOptions{Options: j.Options, Hydrate: "off", KeyFiles: k.o.KeyFiles}); err != nil {
+		return nil, err
+	}
+	if err := k.o.SpawnDaemon(ctx, j.dir()); err != nil {
+		return nil, err
+	}
+	defer func() { j.server.kill() }()
+	var res Result
+	if err := j.startServer(ctx, &res); err != nil {
+		return nil, err
+	}
+	if err := j.server.stop(ctx); err != nil {
+		return nil, err
+	}
+	return j, stopDaemon(ctx, j.dir())
+}
+
+// stopLimit is how long a server may take for its last checkpoint.
+const stopLimit = 10 * time.Minute
+
+// stop ends a server as pg_ctl stop -m fast does.
+func (s *server) stop(ctx context.Context) error { return s.end(ctx, syscall.SIGINT, stopLimit) }
+
+// kill ends a server at once, if it still runs. What it did is of no use to anybody.
+func (s *server) kill() {
+	if s == nil {
+		return
+	}
+	const patience = 5 * time.Second // as pg_ctl's and the postmaster's own (SIGKILL_CHILDREN_AFTER_SECS)
+	if s.end(context.Background(), syscall.SIGQUIT, patience) != nil {
+		_ = s.end(context.Background(), syscall.SIGKILL, patience)
+	}
+}
+
+func (s *server) end(ctx context.Context, signal syscall.Signal, limit time.Duration) error {
+	if !s.running() {
+		return nil
+	}
+	if err := syscall.Kill(s.pid, signal); err != nil {
+		return fmt.Errorf("stop PostgreSQL (PID %d): %w", s.pid, err)
+	}
+	deadline := time.Now().Add(limit)
+	for pause := newPause(); s.running(); {
+		if err := pause.sleep(ctx); err != nil {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%w: it does not shut down (PID %d)", ErrServer, s.pid)
+		}
+	}
+	return nil
+}
+
+// alonePort names a socket in a directory of its own; nothing listens on the port.
+const alonePort = 5432
+
+// aloneSettings are those of a server that recovers and shuts down. What it writes need not survive anything but itself.
+func (s *startPlan) aloneSettings() []setting {
+	return []setting{
+		{"port", strconv.Itoa(s.port)},
+		{"listen_addresses", ""},
+		{"unix_socket_directories", s.sockets[0]},
+		{"fsync", "off"},
+		{"logging_collector", "off"},
+		{"log_destination", "stderr"},
+		{"shared_buffers", "128MB"},
+		{"huge_pages", "off"},
+		{"autovacuum", "off"},
+		{"max_logical_replication_workers", "0"},
+	}
+}
+
+// describe says what the image is that the server left. Clean shutdown in the state that was meant is what makes it one.
+func (k *imageMaker) describe(ctx context.Context, j *job, kind repo.ImageKind) (repo.Image, error) {
+	b, err := os.ReadFile(filepath.Join(j.dir(), controlPath)) // whole: the server has written it
+	if err != nil {
+		return repo.Image{}, err
+	}
+	c, err := pg.ParseControlFile(b)
+	if err != nil {
+		return repo.Image{}, err
+	}
+	want := map[repo.ImageKind]pg.DBState{repo.ImagePromoted: pg.DBShutdowned, repo.ImageRecovery: pg.DBShutdownedInRecovery}[kind]
+	if c.State != want || c.SystemIdentifier != k.m.SystemIdentifier {
+		return repo.Image{}, fmt.Errorf("%w: it was to be %q, but is %q", ErrServer, want, c.State)
+	}
+	version, err := postgresVersion(ctx, j.start.postgres)
+	if err != nil {
+		return repo.Image{}, err
+	}
+	i := repo.Image{
+		Of: k.m.ID, Kind: kind, LSN: k.m.StopLSN, Redo: c.Redo, Timeline: c.Timeline,
+		LastCommit: k.m.StoppedAt.UTC(), NextXid: uint32(c.NextXid), PGVersion: version, MadeAt: time.Now().UTC().Truncate(time.Second),
+	}
+	if kind == repo.ImageRecovery {
+		i.LSN, i.Timeline = c.MinRecoveryPoint, max(c.Timeline, c.MinRecoveryTimeline)
+		err = k.ended(ctx, j, &i)
+	}
+	return i, err
+}
+
+// ended takes in the transactions that ended up to the image's LSN, behind those of the backup or image from which it was made.
+func (k *imageMaker) ended(ctx context.Context, j *job, i *repo.Image) error {
+	from := k.m.StopLSN
+	if base := j.route.lower().Image; base != nil {
+		from, i.LastCommit, i.NextXid = base.LSN, base.LastCommit, later(base.NextXid, i.NextXid)
+	}
+	p := k.path
+	for n := max(p.a.size.Segment(from), p.first) - p.first; n < uint64(len(p.names)) && p.a.size.Start(p.first+n) < i.LSN; n++ {
+		head, err := k.r.WALHead(ctx, k.m.Cluster, p.names[n])
+		s := head.Summary
+		if err == nil && p.a.size.Start(p.first+n+1) > i.LSN {
+			s, err = p.prefix(ctx, int(n), i.LSN)
+		}
+		if err != nil {
+			return err
+		}
+		if s.LastCommit.After(i.LastCommit) {
+			i.LastCommit = s.LastCommit.UTC()
+		}
+		if s.Xids > 0 {
+			i.NextXid = later(i.NextXid, s.MaxXid+1)
+		}
+	}
+	return nil
+}
+
+// later is the transaction ID that does not precede the other (TransactionIdPrecedes).
+func later(a, b uint32) uint32 {
+	if int32(a-b) < 0 {
+		return b
+	}
+	return a
+}
+
+var fullVersionText = regexp.MustCompile(`\(PostgreSQL\) (\S+)`)
+
+// postgresVersion is that of a server's program: "16.4".
+func postgresVersion(ctx context.Context, program string) (string, error) {
+	out, err := exec.CommandContext(ctx, program, "-V").Output()
+	if err != nil {
+		return "", fmt.Errorf("%w: %s -V: %w", ErrServer, program, err)
+	}
+	match := fullVersionText.FindSubmatch(out)
+	if match == nil {
+		return "", fmt.Errorf("%w: %s -V: %q", ErrServer, program, out)
+	}
+	return string(match[1]), nil
+}
+
+// scratch is a temporary directory in which a backup is thawed, for whoever makes an image. Its lock tells that this process lives.
+type scratch struct {
+	dir  string
+	lock *os.File
+}
+
+const (
+	scratchPrefix = "pgthaw-image-"
+	scratchLock   = "lock"
+)
+
+func newScratch(parent string) (*scratch, error) {
+	if parent == "" {
+		parent = os.TempDir()
+	}
+	dir, err := os.MkdirTemp(parent, scratchPrefix)
+	if err == nil {
+		dir, err = canonical(dir)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrTargetDir, err)
+	}
+	s := &scratch{dir: dir}
+	if err = os.Chmod(dir, 0o711); err == nil { // the server's user has to get at what lies in it
+		err = s.take()
+	}
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return s, nil
+}
+
+// take locks the directory, or finds that its maker lives.
+func (s *scratch) take() (err error) {
+	s.lock, err = os.OpenFile(filepath.Join(s.dir, scratchLock), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return errors.Join(err, s.lock.Close())
+	}
+	return nil
+}
+
+func (s *scratch) data() string    { return filepath.Join(s.dir, "pgdata") }
+func (s *scratch) sockets() string { return filepath.Join(s.dir, "s") }
+
+func (s *scratch) makeSockets(o owner) error {
+	err := os.Mkdir(s.sockets(), 0o700)
+	if err == nil && o.foreign() {
+		err = os.Lchown(s.sockets(), o.uid, o.gid)
+	}
+	return err
+}
+
+// tablespaces gives each a place beside the data directory.
+func (s *scratch) tablespaces(m *repo.Manifest) map[string]string {
+	places := map[string]string{}
+	for _, t := range m.Tablespaces {
+		if !t.InPlace {
+			places[t.Path] = filepath.Join(s.dir, strconv.FormatUint(uint64(t.OID), 10))
+		}
+	}
+	return places
+}
+
+// remove throws the thawed directory away, and then its surroundings: nothing is removed through a mount.
+func (s *scratch) remove(ctx context.Context) error {
+	defer s.lock.Close()
+	if err := Discard(ctx, s.data()); err != nil && !errors.Is(err, ErrNoOverlay) && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return os.RemoveAll(s.dir)
+}
+
+// sweep removes what makers of images left who were killed. Only this user's own is looked at.
+func (k *imageMaker) sweep(ctx context.Context) {
+	parent := k.o.Scratch
+	if parent == "" {
+		parent = os.TempDir()
+	}
+	all, err := os.ReadDir(parent)
+	if err != nil {
+		return // what is wrong with it, the next step says
+	}
+	for _, e := range slices.DeleteFunc(all, func(e os.DirEntry) bool { return !isScratch(e) }) {
+		s := &scratch{dir: filepath.Join(parent, e.Name())}
+		if s.take() != nil {
+			continue // its maker lives
+		}
+		if err := s.remove(ctx); err != nil {
+			k.o.Log.Warn("a temporary directory of an earlier boot image is left", "dir", s.dir, "error", err)
+		}
+	}
+}
+
+func isScratch(e os.DirEntry) bool {
+	info, err := e.Info()
+	if err != nil || !e.IsDir() || !scratchName.MatchString(e.Name()) {
+		return false
+	}
+	return int(info.Sys().(*syscall.Stat_t).Uid) == os.Geteuid()
+}
+
+var scratchName = regexp.MustCompile("^" + scratchPrefix + "[0-9]+$")

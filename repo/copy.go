@@ -34,6 +34,7 @@ type NotCopied struct {
 // Copied tells what Copy did.
 type Copied struct {
 	Backups  []*Manifest // that were copied, as the destination has them
+	Images   int         // boot images that were copied
 	Present  int         // backups that the destination had already
 	Deleted  int         // backups that were deleted in the destination, and stay so
 	WALFiles int         // that were copied
@@ -277,6 +278,9 @@ func (c *clusterCopier) copy(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("copy backup %s of %s: %w", m.ID, m.Cluster, err)
 		}
+	}
+	if err := c.images(ctx); err != nil {
+		return err
 	}
 	return c.wal.upTo(ctx, nil)
 }

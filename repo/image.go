@@ -173,9 +173,8 @@ func (p *pruner) backupGoes(ctx context.Context, b BackupName) (bool, error) {
 }
 
 // addImages takes in the packs that the next backup's images have for themselves: they are the backup's.
-func (c *infoCounter) addImages(ctx context.Context, ci *ClusterInfo, b *BackupInfo) error {
-	images, err := c.r.ImagesOf(ctx, b.Manifest)
-	bad := []error{err}
+func (c *infoCounter) addImages(ctx context.Context, ci *ClusterInfo, b *BackupInfo, images []*Manifest) error {
+	var bad []error
 	for _, m := range images {
 		uses, err := c.r.packList(ctx, m)
 		bad = append(bad, err)

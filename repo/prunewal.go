@@ -210,7 +210,7 @@ func (p *pruner) heedSessions(ctx context.Context, plan *walPlan, sessions []*li
 func (p *pruner) heedNew(ctx context.Context, plan *walPlan) (reason string, err error) {
 	stored, err := p.r.storedBackups(ctx, backupsPrefix(plan.cluster))
 	for _, b := range stored {
-		if b.manifest && plan.user(b.BackupName) == nil && !slices.Contains(p.report.Collected, b.BackupName) {
+		if b.manifest && !isImage(b.Backup) && plan.user(b.BackupName) == nil && !slices.Contains(p.report.Collected, b.BackupName) {
 			return fmt.Sprintf("backup %s was made meanwhile", b.Backup), err
 		}
 	}

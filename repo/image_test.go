@@ -260,3 +260,20 @@ func TestCopyImages(t *testing.T) {
 	}
 	checkFiles(t, to.OpenBackup(images[1]), want)
 }
+
+// TestImageBelowFloor: a backup that is restorable to its own end only still gets an image, where no backup could be written any more.
+func TestImageBelowFloor(t *testing.T) {
+	r := newTestRepository(t)
+	files := testFiles{"pgdata/a": incompressible(40)}
+	of := writeTestBackup(t, r, files, nil)
+	floor := walFloors{walFloorOf{"main", 1}: of.Manifest.StartLSN + 1}
+	if err := r.putFloors(t.Context(), nil, floor); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.WriteBackup(t.Context(), "main", BackupOptions{}, func(context.Context, *BackupWriter) (Manifest, error) { return testManifest(), nil })
+	if !errors.Is(err, ErrWALPruned) {
+		t.Fatalf("a backup below the floor: %v", err)
+	}
+	image, want := writeTestImage(t, of, of, files, map[string]patched{"pgdata/a": asItWas("pgdata/a", files)}, Image{Kind: ImagePromoted})
+	checkFiles(t, image, want)
+}

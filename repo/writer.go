@@ -214,6 +214,9 @@ func (w *BackupWriter) abandon(ctx context.Context, session *Session, listing bo
 // checkWAL makes sure that the WAL objects that the backup refers to are there, and that these and what recovery may want
 // behind them stay. No prune that begins later deletes any: it sees the session. So this looks for what those before were about to.
 func (w *BackupWriter) checkWAL(m *Manifest) error {
+	if w.imageOf != nil {
+		return nil // it needs no WAL that its backup does not need, and that it announced
+	}
 	if err := w.r.checkFloors(w.base, m); err != nil {
 		return err
 	}

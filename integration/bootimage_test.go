@@ -339,3 +339,32 @@ func (a archived) testPrunedImages(t *testing.T, l *ledger, r *cluster) {
 	}
 	a.pgthaw(t, "repo", "check", "--read-data").ok(t)
 }
+
+// TestBootImageTablespace: no server of ours replays the making of a tablespace, whose directory the original uses on this host.
+func TestBootImageTablespace(t *testing.T) {
+	a := newArchived(t, postgresql(t, 17), clusterOptions{})
+	a.backup(t)
+	location := filepath.Join(a.dir, "late")
+	if err := os.Mkdir(location, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ownedByPostgres(t, location)
+	a.SQL("CREATE TABLESPACE late LOCATION '" + location + "'")
+	a.SQL("CREATE TABLE kept TABLESPACE late AS SELECT 42 AS answer")
+	archivedCheckpoint(t, a.cluster)
+	var r struct {
+		Made      []imageJSON `json:"made"`
+		NoForward string      `json:"no_forward"`
+	}
+	dir := tempDir(t)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	before := tree(t, location)
+	pgthaw(t, a.imageMaker(dir)...).ok(t).into(t, &r)
+	nothingLeft(t, dir)
+	if len(r.Made) != 1 || r.Made[0].Kind != "promoted" || !strings.Contains(r.NoForward, location) {
+		t.Errorf("made %+v, and %q; want the backup's end alone, because of %s", r.Made, r.NoForward, location)
+	}
+	sameTrees(t, tree(t, location), before)
+}

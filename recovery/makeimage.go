@@ -79,7 +79,9 @@ func MakeImages(ctx context.Context, r *repo.Repository, o ImageOptions) (done I
 		return done, nil
 	}
 	image, err := k.make(ctx, repo.ImageRecovery, Target{LSN: at.LSN, Action: "shutdown"})
-	if err == nil {
+	if errors.Is(err, errTablespaceMade) {
+		done.NoForward, err = err.Error(), nil
+	} else if err == nil {
 		done.Made = append(done.Made, image)
 	}
 	return done, err
@@ -173,6 +175,9 @@ func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, kind rep
 	if err != nil {
 		return nil, err
 	}
+	if err := k.checkTablespaces(ctx, j); err != nil {
+		return nil, err
+	}
 	if err := s.makeSockets(j.owner); err != nil {
 		return nil, err
 	}
@@ -191,6 +196,53 @@ func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, kind rep
 		return nil, err
 	}
 	return j, stopDaemon(ctx, j.dir())
+}
+
+// errTablespaceMade: replay would make a tablespace. It does so where the WAL says (tblspc_redo), which on the original's host is the
+// directory that the original uses: the scratch server would write into its files.
+var errTablespaceMade = errors.New("a tablespace was made meanwhile, and replay would use its directory")
+
+// checkTablespaces looks through the WAL that is to be replayed for what must not be replayed here.
+func (k *imageMaker) checkTablespaces(ctx context.Context, j *job) error {
+	from, until := k.m.StartLSN, k.m.StopLSN
+	if base := j.route.lower().Image; base != nil {
+		from = base.Redo
+	}
+	if kind, _ := j.Target.kind(); kind == targetLSN {
+		until = j.Target.LSN
+	}
+	a, err := openArchive(ctx, k.r, k.m.Cluster)
+	if err != nil {
+		return err
+	}
+	p := a.path(j.route.line, k.m)
+	for no := a.size.Segment(from); a.size.Start(no) < until; no++ {
+		name, content, err := k.segment(ctx, p, no)
+		if err != nil {
+			return err
+		}
+		made, err := pg.TablespacesMade(content, name, a.size)
+		if err != nil {
+			return err
+		}
+		if len(made) > 0 {
+			return withHint(fmt.Errorf("%w: %s", errTablespaceMade, made[0]), "Make a new backup: it has the tablespace.")
+		}
+	}
+	return nil
+}
+
+// segment reads one segment of the path, or the one that the backup has in its tree as far as it went.
+func (k *imageMaker) segment(ctx context.Context, p *walPath, no uint64) (name pg.WALName, content []byte, err error) {
+	if no < p.end() {
+		name = p.names[no-p.first]
+		content, err = k.r.WAL(ctx, k.m.Cluster, name)
+		return name, content, err
+	}
+	if name, err = pg.ParseWALName(k.m.WALLast); err == nil {
+		content, err = readSmall(ctx, k.r.OpenBackup(k.m), "pgdata/pg_wal/"+k.m.WALLast)
+	}
+	return name, content, err
 }
 
 // stopLimit is how long a server may take for its last checkpoint.

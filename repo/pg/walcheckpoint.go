@@ -1,6 +1,9 @@
 package pg
 
-import "encoding/binary"
+import (
+	"bytes"
+	"encoding/binary"
+)
 
 // CheckpointRecord is the record that ends a checkpoint.
 type CheckpointRecord struct {
@@ -46,4 +49,36 @@ func (r walRecord) checkpoint() (CheckpointRecord, bool) {
 		return CheckpointRecord{}, false
 	}
 	return CheckpointRecord{LSN: r.start, Redo: LSN(binary.LittleEndian.Uint64(data))}, true
+}
+
+// Tablespace records: rmgrlist.h, tablespace.h.
+const (
+	rmTblspc     = 5
+	tblspcCreate = 0x00
+)
+
+// TablespacesMade lists the directories of the tablespaces whose making begins in a segment file: an xl_tblspc_create_rec is an OID
+// and a path, which is empty for one within pg_tblspc. Of a record that continues in the next segment, the path may be cut short.
+// Errors are those of ScanWAL.
+func TablespacesMade(seg []byte, name WALName, size SegmentSize) (dirs []string, err error) {
+	s, err := openSegment(seg, name, size)
+	if err != nil {
+		return nil, err
+	}
+	off, more := s.first()
+	for more {
+		var r walRecord
+		if r, off, more = s.next(off); !more || !r.hasHeader() {
+			break
+		}
+		if r.rmid() == rmTblspc && r.info()&rmgrInfoMask == tblspcCreate {
+			if data, ok := r.mainData(); !ok || len(data) < 4 {
+				dirs = append(dirs, "a directory that is not known")
+			} else if dir, _, _ := bytes.Cut(data[4:], []byte{0}); len(dir) > 0 || r.continues {
+				dirs = append(dirs, string(dir))
+			}
+		}
+		more = !r.continues && (r.rmid() != rmXLOG || r.info()&rmgrInfoMask != xlogSwitch)
+	}
+	return dirs, nil
 }

@@ -59,3 +59,20 @@ func TestLastCheckpointContinues(t *testing.T) {
 		t.Errorf("got %+v, %v, %v; want the one at %s", got, ok, err, first)
 	}
 }
+
+func TestTablespacesMade(t *testing.T) {
+	w := newWAL(3, 1, 0)
+	record := func(info byte, dir string) {
+		w.record(rmTblspc, info, 0, shortData(append(binary.LittleEndian.AppendUint32(nil, 16384), dir+"\x00"...)))
+	}
+	record(0x10, "") // XLOG_TBLSPC_DROP
+	record(tblspcCreate, "")
+	w.filler(9000)
+	for _, want := range []int{0, 1, 2} {
+		got, err := TablespacesMade(w.segment(), w.name(), mib)
+		if err != nil || len(got) != want || want > 0 && got[0] != "/somewhere" {
+			t.Errorf("got %q, %v; want %d", got, err, want)
+		}
+		record(tblspcCreate, "/somewhere")
+	}
+}

@@ -98,21 +98,25 @@ func (s *thawSource) testTargets(t *testing.T, b listed, m moment) {
 	picked := l.commits[m.n]
 	from, to := l.atLSN(picked.after, true)
 	all := len(l.commits)
-	for _, target := range []struct {
+	targets := []struct {
 		kind        string // of the image that is to be used
 		args        []string
 		least, most int
 	}{
 		{"promoted", []string{"--to-immediate"}, least, most},
-		{"", []string{"--to-immediate", "--action", "pause"}, least, most},
-		{"", []string{"--to-immediate", "--no-boot-image"}, least, most},
 		{"recovery", nil, all, all},
 		{"recovery", []string{"--to-name", m.name}, m.n, m.n},
+		{"", []string{"--to-immediate", "--action", "pause"}, least, most},
+		{"", []string{"--to-immediate", "--no-boot-image"}, least, most},
 		{"recovery", []string{"--to-name", m.name, "--action", "pause"}, m.n, m.n},
 		{"recovery", []string{"--to", picked.at.Format("2006-01-02T15:04:05.000000Z")}, m.n + 1, m.n + 1},
 		{"recovery", []string{"--to-xid", fmt.Sprint(picked.xid), "--exclusive"}, m.n, m.n},
 		{"recovery", []string{"--to-lsn", picked.after.String()}, from, to},
-	} {
+	}
+	if s.major == 16 || s.major == 17 {
+		targets = targets[:3]
+	}
+	for _, target := range targets {
 		mapping := func(data string) []string { return s.mapping(strings.TrimSuffix(data, "/data"))[:2] }
 		n := 0
 		r := s.thawTo(t, mapping, func(c *cluster) {

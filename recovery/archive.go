@@ -147,6 +147,8 @@ type walPath struct {
 	names []pg.WALName // from there on, one file for each segment, without a gap
 	gap   *gap         // behind them; nil if nothing lies there
 	alone bool         // it ends with the backup: what lay behind was pruned, or is about to be
+
+	namedAt pg.LSN // of the restore point that was looked for
 }
 
 // gap is WAL that the repository does not have although it has some behind it, or knows of some.

@@ -106,11 +106,11 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 		return err
 	}
 	d.mode.held = d.bare.Remove(holdName) == nil
-	m, err := d.manifest(ctx)
+	m, uses, err := d.lower(ctx)
 	if err != nil {
 		return err
 	}
-	session, err := d.repo.UseStill(ctx, "thaw", m.Name())
+	session, err := d.repo.UseStill(ctx, "thaw", uses...)
 	if err != nil {
 		return err
 	}

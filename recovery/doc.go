@@ -8,6 +8,9 @@
 //   - an archive (archive.go) is the cluster's WAL as the repository lists it; a walPath is the run of segments without a
 //     gap that recovery of one backup would replay.
 //   - a root is a directory that is made: the data directory, and one for each tablespace outside of it.
+//   - a boot image ([repo.Image]) is a backup as PostgreSQL left it that recovered from it and shut down. [MakeImages] makes them,
+//     in a scratch directory (makeimage.go, writeimage.go); a job takes one for its lower if recovery ends at the same
+//     place from there (bootimage.go).
 //   - an overlay is a data directory that [Thaw] laid and whose daemon, [Serve], mounts and fills; [Status], [Resume],
 //     [Finish] and [Discard] speak to it over a control socket, or read what it left when it died.
 //

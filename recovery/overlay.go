@@ -34,6 +34,7 @@ type record struct {
 	Repository string `json:"repository"`
 	Cluster    string `json:"cluster"`
 	Backup     string `json:"backup"`
+	Image      string `json:"image,omitempty"` // id of the boot image that it lies over, instead of the backup
 	Hydrate    string `json:"hydrate"`
 	Roots      []root `json:"roots"` // the data directory first
 	KeyFiles

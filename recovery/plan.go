@@ -23,6 +23,9 @@ type Route struct {
 	end      pg.LSN // of the last segment that is there, or of the backup
 	gapAhead bool   // behind it some is missing
 	alone    bool   // recovery ends with the backup: what lay behind was pruned
+	namedAt  pg.LSN // of the restore point that is the target
+
+	image *repo.Manifest // boot image from which recovery begins; nil: it begins from the backup
 }
 
 // timelineAt is the timeline that a place in the WAL belongs to.
@@ -141,6 +144,7 @@ func (a *archive) plan(ctx context.Context, m *repo.Manifest, t Target) (Route, 
 		end:      max(a.size.Start(p.end()), m.StopLSN),
 		gapAhead: p.gap != nil || p.alone,
 		alone:    p.alone,
+		namedAt:  p.namedAt,
 	}, nil
 }
 
@@ -432,6 +436,7 @@ func (p *walPath) reachName(ctx context.Context, m *repo.Manifest, t Target) err
 	case at <= m.StopLSN:
 		return &beforeEnd{t.describe(), m}
 	default:
+		p.namedAt = at
 		return nil
 	}
 }

@@ -25,6 +25,8 @@ type Options struct {
 	TablespaceMapping map[string]string // from a tablespace's directory on the server to one here
 	RestoreCommand    string            // for PostgreSQL: ready for a shell, with %f and %p
 
+	NoBootImage bool // recover from the backup itself
+
 	Start  bool   // start PostgreSQL and wait until recovery has ended
 	Port   int    // 0: the cluster's own if it is free, else any that is
 	BinDir string // of PostgreSQL's programs; "": found by the backup's version
@@ -32,6 +34,8 @@ type Options struct {
 	Workers  int // that write files; 0: as the processors go
 	Log      *slog.Logger
 	Progress func(Progress) // called from several goroutines; may be nil
+
+	sockets string // directory of a server's socket that nobody else shall meet; "": it is for everybody
 }
 
 func (o *Options) progress(phase string, done, total int64) {
@@ -55,7 +59,8 @@ type Result struct {
 	ReadBytes int64    `json:"repository_bytes_read"`
 	Changed   []string `json:"changed_files"` // that differ from the backup's, for pg_verifybackup --ignore
 
-	Standalone bool `json:"standalone"` // the WAL behind the backup was pruned: its end is all that can be recovered to
+	BootImage  *repo.Image `json:"boot_image,omitempty"` // from which it starts; nil: from the backup itself
+	Standalone bool        `json:"standalone"`           // the WAL behind the backup was pruned: its end is all that can be recovered to
 
 	RestoredMS int64        `json:"restored_ms,omitempty"` // since the beginning, as the next two
 	MountedMS  int64        `json:"mounted_ms,omitempty"`
@@ -87,6 +92,7 @@ type job struct {
 	owner  owner
 	conf   configuration
 	start  *startPlan // nil: the server is not started
+	server *server    // nil: it was not started
 
 	recovered func(ctx context.Context) // called once recovery has ended; may be nil
 }
@@ -103,6 +109,9 @@ func prepare(ctx context.Context, r *repo.Repository, o Options) (*job, error) {
 	}
 	o.Target = j.route.target(o.Target)
 	j.Target = o.Target
+	if !o.NoBootImage {
+		j.useImage(ctx)
+	}
 	m := j.route.Manifest
 	if j.roots, err = o.roots(m); err != nil {
 		return nil, err
@@ -110,7 +119,7 @@ func prepare(ctx context.Context, r *repo.Repository, o Options) (*job, error) {
 	if err := checkRoots(j.roots, m); err != nil {
 		return nil, err
 	}
-	j.backup = r.OpenBackup(m)
+	j.backup = r.OpenBackup(j.route.lower())
 	if j.owner, err = serverOwner(ctx, j.dir(), j.backup); err != nil {
 		return nil, err
 	}
@@ -135,7 +144,7 @@ func (j *job) dir() string { return j.roots[0].Dir }
 func (j *job) result() Result {
 	m := j.route.Manifest
 	return Result{Cluster: m.Cluster, Backup: m.ID, Target: j.dir(), SizeBytes: m.SizeBytes, Changed: j.conf.changedFiles(),
-		Standalone: j.route.alone}
+		BootImage: j.route.lower().Image, Standalone: j.route.alone}
 }
 
 func (j *job) since() int64 { return max(1, time.Since(j.begun).Milliseconds()) }

@@ -28,6 +28,7 @@ const (
 // Restore writes a backup to disk, with what PostgreSQL needs to recover to the target, and starts it if asked to.
 // Interrupted, it leaves a directory that cannot start.
 func Restore(ctx context.Context, r *repo.Repository, o Options) (Result, error) {
+	o.NoBootImage = true // what is restored is the backup, bit for bit
 	j, err := prepare(ctx, r, o)
 	if err == nil {
 		err = j.tryRestoreCommand(ctx)

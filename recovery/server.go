@@ -31,9 +31,13 @@ type startPlan struct {
 	sockets  []string // directories
 	owner    owner
 	groups   []int // of owner
+	alone    bool  // nobody else shall meet it, and it ends with us
 }
 
 func (s *startPlan) settings() []setting {
+	if s.alone {
+		return s.aloneSettings()
+	}
 	return []setting{
 		{"port", strconv.Itoa(s.port)},
 		{"listen_addresses", "localhost"},
@@ -55,6 +59,10 @@ func planStart(ctx context.Context, o Options, m *repo.Manifest, files confFiles
 	}
 	if err := s.checkLibraries(files, m); err != nil {
 		return nil, err
+	}
+	if o.sockets != "" {
+		s.sockets, s.port, s.alone = []string{o.sockets}, alonePort, true
+		return s, nil
 	}
 	for _, dir := range socketDirs {
 		if s.writable(dir) {
@@ -228,6 +236,9 @@ func startServer(plan *startPlan, dir string) (*server, error) {
 	}
 	if plan.owner.foreign() {
 		attr.Sys.Credential = plan.owner.credential()
+	}
+	if plan.alone {
+		attr.Sys.Pdeathsig = syscall.SIGQUIT
 	}
 	p, err := os.StartProcess(plan.postgres, []string{plan.postgres, "-D", dir}, attr)
 	if err != nil {

@@ -117,6 +117,9 @@ func newConfiguration(o Options, route Route, c confFiles, start *startPlan) con
 		autoConf:       withBlock(withoutOutward(c.auto, func(string) bool { return true }), settings),
 		recoverySignal: {},
 	}
+	if route.promoted() {
+		files[recoverySignal] = nil
+	}
 	if c.standby != nil {
 		files[standbySignal] = nil
 	}
@@ -222,7 +225,7 @@ func recoverySettings(o Options, route Route) []setting {
 // timelineSetting names the timeline by number: "latest" is for PostgreSQL the newest that there is, whether or not it
 // descends from the backup's. A number needs a history file, which the backup's own timeline may not have.
 func timelineSetting(route Route) string {
-	if route.Timeline == route.Manifest.Timeline {
+	if route.Timeline == route.startTimeline() {
 		return "current"
 	}
 	return route.Timeline.String()

@@ -21,6 +21,7 @@ func (j *job) startServer(ctx context.Context, res *Result) error {
 	if err != nil {
 		return err
 	}
+	j.server = s
 	res.Port, res.SocketDir, res.PID, res.ServerLog = j.start.port, j.start.sockets[0], s.pid, s.log
 	w := recoveryWait{job: j, server: s}
 	var refused error
@@ -47,7 +48,7 @@ func (j *job) startServer(ctx context.Context, res *Result) error {
 
 // interrupted says that the server lives on when only the waiting ended.
 func (s *server) interrupted(ctx context.Context, err error) error {
-	if err != nil && ctx.Err() != nil && s.running() {
+	if err != nil && ctx.Err() != nil && s.running() && !s.plan.alone {
 		return fmt.Errorf("%w; PostgreSQL goes on running in %s (PID %d)", err, s.dir, s.pid)
 	}
 	return err

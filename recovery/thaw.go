@@ -25,7 +25,21 @@ type ThawOptions struct {
 
 // Thaw makes a backup a writable data directory that is read from the repository as it is needed, and starts PostgreSQL
 // in it if asked to. Until its daemon runs, a failure removes again what was made.
+//
+// It starts from a boot image of the backup if that leads to the target. One that is damaged is left alone.
 func Thaw(ctx context.Context, r *repo.Repository, o ThawOptions) (Result, error) {
+	res, err := thaw(ctx, r, o)
+	if res.MountedMS == 0 && o.withoutImage(err) {
+		o.NoBootImage = true
+		if o.Log != nil {
+			o.Log.Warn("something is damaged; the backup is thawed without its boot image", "error", err)
+		}
+		return thaw(ctx, r, o)
+	}
+	return res, err
+}
+
+func thaw(ctx context.Context, r *repo.Repository, o ThawOptions) (Result, error) {
 	mode, err := parseHydration(o.Hydrate)
 	if err != nil {
 		return Result{}, err
@@ -67,7 +81,7 @@ func (j *job) lay(ctx context.Context, o ThawOptions) error {
 	m := j.route.Manifest
 	err := writeRecord(j.dir(), record{
 		Version: recordVersion, Target: j.dir(), Repository: j.r.URL(),
-		Cluster: m.Cluster, Backup: m.ID, Hydrate: o.Hydrate, Roots: j.roots, KeyFiles: o.KeyFiles,
+		Cluster: m.Cluster, Backup: m.ID, Image: j.imageID(), Hydrate: o.Hydrate, Roots: j.roots, KeyFiles: o.KeyFiles,
 	})
 	if err == nil && j.start != nil {
 		err = os.WriteFile(filepath.Join(j.dir(), holdName), nil, 0o600)

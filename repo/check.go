@@ -132,6 +132,7 @@ type checkedCluster struct {
 	orphans []string        // of pack lists without a manifest
 	holds   []string        // keys
 	backups []*Manifest     // that can be read, oldest first
+	images  []*Manifest     // of them, likewise: they need no WAL of their own
 	wal     *clusterWAL
 }
 
@@ -276,13 +277,19 @@ func (c *checker) checkManifest(ctx context.Context, cl *checkedCluster, id stri
 	if errors.Is(err, ErrNoBackup) {
 		return nil // deleted since it was listed
 	}
-	c.done.Backups++
+	if !isImage(id) {
+		c.done.Backups++
+	}
 	if err != nil {
 		c.report(Finding{Object: manifestKey(cl.name, id), Cluster: cl.name, Err: err, Backups: []Affected{{Cluster: cl.name, Backup: id}},
-			Cost: "The backup cannot be listed, mounted or restored."})
+			Cost: costOf(id)})
 		return unanswered(ctx, err)
 	}
-	cl.backups = append(cl.backups, m)
+	if isImage(id) {
+		cl.images = append(cl.images, m)
+	} else {
+		cl.backups = append(cl.backups, m)
+	}
 	uses, err := c.r.packList(ctx, m)
 	if err != nil {
 		c.report(Finding{Object: packListKey(cl.name, id), Cluster: cl.name, Err: err, Backups: []Affected{{Cluster: cl.name, Backup: id}},
@@ -330,6 +337,17 @@ func (c *checker) checkOrphan(ctx context.Context, cl *checkedCluster, id string
 	}
 	c.report(Finding{Object: key, Cluster: cl.name, Err: corrupt(key, "it is missing, but the backup's pack list is there"),
 		Backups: []Affected{{Cluster: cl.name, Backup: id}},
-		Cost:    "The backup cannot be listed, mounted or restored."})
+		Cost:    costOf(id)})
 	return nil
 }
+
+// costOf is what the loss of a manifest costs.
+func costOf(id string) string {
+	if isImage(id) {
+		return "The backup's boot image cannot be used: a thaw recovers the backup itself, and \"pgthaw boot-image\" makes another."
+	}
+	return "The backup cannot be listed, mounted or restored."
+}
+
+// withImages are all whose files are looked at.
+func (cl *checkedCluster) withImages() []*Manifest { return slices.Concat(cl.backups, cl.images) }

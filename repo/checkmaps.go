@@ -109,7 +109,7 @@ func (s *packSets) without(bad func(no uint32) bool) []bool {
 func (c *checker) checkMaps(ctx context.Context) error {
 	c.maps = &mapChecker{c: c, sets: newPackSets(), seen: map[place]uint32{}, loose: map[place]Ref{}}
 	for _, cl := range c.clusters {
-		for _, m := range cl.backups {
+		for _, m := range cl.withImages() {
 			set, err := c.maps.tree(ctx, cl, m, m.Root)
 			if err == nil {
 				err = c.checkListed(ctx, m, set)
@@ -337,7 +337,7 @@ func walFileOf(name pg.WALName) string { return "pgdata/pg_wal/" + name.String()
 func (c *checker) blame(ctx context.Context) error {
 	whole := c.maps.sets.without(func(no uint32) bool { return c.damages[no] != nil })
 	for _, cl := range c.clusters {
-		for _, m := range cl.backups {
+		for _, m := range cl.withImages() {
 			b := blamer{mapChecker: c.maps, m: m, whole: whole}
 			if err := b.directory(ctx, "", m.Root); err != nil {
 				return err

@@ -176,7 +176,11 @@ func (c *checker) index(ctx context.Context, p *checkedPack) (*packTOC, error) {
 	if err := unanswered(ctx, err); err != nil {
 		return nil, err
 	}
-	c.packDamaged(p, err, costIndex)
+	cost := costIndex
+	if there, goneErr := c.r.exists(ctx, p.id.key()); goneErr == nil && !there {
+		cost = costPack // only the edition tells what lies where
+	}
+	c.packDamaged(p, err, cost)
 	return nil, nil
 }
 
@@ -360,7 +364,7 @@ func (c *checker) packUsers(ctx context.Context) (map[PackID][]Affected, error) 
 		return users, nil
 	}
 	for _, cl := range c.clusters {
-		for _, m := range cl.backups {
+		for _, m := range cl.withImages() {
 			uses, err := c.r.packList(ctx, m)
 			if unanswered(ctx, err) != nil {
 				return users, err

@@ -34,6 +34,7 @@ type NotCopied struct {
 // Copied tells what Copy did.
 type Copied struct {
 	Backups  []*Manifest // that were copied, as the destination has them
+	Images   int         // boot images that were copied
 	Present  int         // backups that the destination had already
 	Deleted  int         // backups that were deleted in the destination, and stay so
 	WALFiles int         // that were copied
@@ -250,6 +251,7 @@ func (c *clusterCopier) list(ctx context.Context, to []*storedBackup) (deleted m
 	c.inTo, deleted = map[string]string{}, map[string]bool{}
 	for _, b := range to {
 		switch {
+		case isImage(b.Backup): // copied by what it is, not by its id
 		case b.listed():
 			c.inTo[OriginalID(b.Backup)] = b.Backup
 		case !b.deleted.IsZero():
@@ -276,6 +278,9 @@ func (c *clusterCopier) copy(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("copy backup %s of %s: %w", m.ID, m.Cluster, err)
 		}
+	}
+	if err := c.images(ctx); err != nil {
+		return err
 	}
 	return c.wal.upTo(ctx, nil)
 }

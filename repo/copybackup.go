@@ -36,9 +36,15 @@ func (c *clusterCopier) writeBackup(ctx context.Context, m *Manifest, prior *pai
 		o.Prior = c.to.OpenBackup(prior.to)
 		b.prior = was{from: c.from.OpenBackup(prior.from).root(), to: o.Prior.root(), ok: true}
 	}
+	made := *m
+	if m.Image != nil {
+		image := *m.Image
+		image.Of = prior.to.ID
+		made.Image, o.ImageOf, o.CopyOf = &image, prior.to, ""
+	}
 	return c.to.WriteBackup(ctx, m.Cluster, o, func(ctx context.Context, w *BackupWriter) (Manifest, error) {
 		b.w = w
-		return *m, b.tree(ctx)
+		return made, b.tree(ctx)
 	})
 }
 

@@ -67,7 +67,7 @@ type storedBackup struct {
 }
 
 // listed tells whether it is a backup to those who look for backups.
-func (b *storedBackup) listed() bool { return b.manifest && b.deleted.IsZero() }
+func (b *storedBackup) listed() bool { return b.manifest && b.deleted.IsZero() && !isImage(b.Backup) }
 
 // storedBackups lists what there is of the backups below a prefix, which is backupsRoot or a cluster's; by cluster and
 // oldest first.

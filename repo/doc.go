@@ -5,6 +5,7 @@
 //	Repository    an open repository; Init and Open make one
 //	Manifest      what a backup says of itself; Backups, Manifest
 //	Backup, File  a backup open for reading: a tree of Entries, files as io.ReaderAt; OpenBackup
+//	Image         a backup as a server has left it that recovered from it; AddPatched, Keep, ImagesOf
 //	BackupWriter  the writing side, inside WriteBackup, which publishes all or nothing
 //	WALHead       a WAL file without its bytes; PutWAL, WAL, WALNames
 //	Memory        what a host has seen of repositories; Losses, UnlistedWAL, Accept

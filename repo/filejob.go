@@ -80,7 +80,7 @@ func (j *fileJob) place(win window, digests []byte) ([]run, error) {
 		return []run{{n: n}}, nil
 	}
 	if j.prior != nil {
-		runs, err := j.compare(win, digests)
+		runs, err := j.compare(win.content, digests, uint32(win.no)*ChunkPages)
 		if err != nil {
 			return nil, err
 		}
@@ -102,10 +102,10 @@ func allZero(digests []byte, d *digester) bool {
 	return true
 }
 
-// compare finds for each page of the window whether the prior backup has it at the same place.
-func (j *fileJob) compare(win window, digests []byte) ([]run, error) {
+// compare finds for each page of content, which begins with page first of the file, whether the prior backup has it at the
+// same place.
+func (j *fileJob) compare(content, digests []byte, first uint32) ([]run, error) {
 	zero := [pageDigestSize]byte(j.w.r.digests.zeroPage[:])
-	first := uint32(win.no) * ChunkPages
 	var runs []run
 	for i := uint32(0); len(digests) > 0; i, digests = i+1, digests[pageDigestSize:] {
 		digest := [pageDigestSize]byte(digests)
@@ -115,7 +115,7 @@ func (j *fileJob) compare(win window, digests []byte) ([]run, error) {
 		}
 		next := run{ref: place.ref, page: place.page, n: 1}
 		if place.ref == nil && digest != zero {
-			page := win.content[i*PageSize : min(int(i+1)*PageSize, len(win.content))]
+			page := content[i*PageSize : min(int(i+1)*PageSize, len(content))]
 			next.loose = append([]byte(nil), page...)
 		}
 		runs = appendRun(runs, next)

@@ -104,6 +104,8 @@ type infoCounter struct {
 func (c *infoCounter) addCluster(ctx context.Context, cluster Cluster) error {
 	manifests, err := c.r.Backups(ctx, cluster.Name)
 	bad := []error{err}
+	images, err := c.r.Images(ctx, cluster.Name)
+	bad = append(bad, err)
 	ci := ClusterInfo{Name: cluster.Name, SystemIdentifier: cluster.SystemIdentifier, SegmentSize: cluster.SegmentSize,
 		Backups: make([]BackupInfo, len(manifests))}
 	for i, m := range manifests {
@@ -115,6 +117,7 @@ func (c *infoCounter) addCluster(ctx context.Context, cluster Cluster) error {
 		for _, u := range uses {
 			c.addPack(&ci, b, u)
 		}
+		bad = append(bad, c.addImages(ctx, &ci, b, images[m.ID]))
 		c.backups = append(c.backups, b)
 	}
 	c.info.SizeBytes += ci.SizeBytes

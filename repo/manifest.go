@@ -56,6 +56,8 @@ type Manifest struct {
 
 	Root  Ref         `json:"root"` // the root tree
 	Packs PackListRef `json:"packs"`
+
+	Image *Image `json:"image,omitempty"` // nil: it is a backup
 }
 
 // Name is what the backup is called in the repository.
@@ -91,7 +93,7 @@ func packListKey(cluster, id string) string { return backupsPrefix(cluster) + id
 
 var (
 	backupID     = regexp.MustCompile(`^[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9a-f]{4}(-[0-9a-f]{8})?$`)
-	beginsWithID = regexp.MustCompile(strings.TrimSuffix(backupID.String(), "$"))
+	beginsWithID = regexp.MustCompile(strings.TrimSuffix(backupID.String(), "$") + `(-i[0-9a-f]{8})?`)
 )
 
 const originalIDLength = len("20060102T150405.000Z-0000")

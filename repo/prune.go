@@ -136,6 +136,9 @@ func (p *pruner) retain(ctx context.Context) error {
 				return err
 			}
 		}
+		if err := p.retainImages(ctx, c.Name); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -87,8 +87,8 @@ func (p *pruner) planWAL(ctx context.Context, c Cluster) (*walPlan, error) {
 	}
 	plan := &walPlan{walListing: w}
 	for _, b := range stored {
-		if !b.manifest || slices.Contains(p.report.Collected, b.BackupName) {
-			continue
+		if !b.manifest || isImage(b.Backup) || slices.Contains(p.report.Collected, b.BackupName) {
+			continue // an image needs no more WAL than its backup
 		}
 		u, err := p.planUser(ctx, b)
 		if err != nil {
@@ -191,7 +191,7 @@ func (p *pruner) heedSessions(ctx context.Context, plan *walPlan, sessions []*li
 			}
 		}
 		for _, b := range s.info.Makes {
-			if b.Cluster != plan.cluster || plan.user(b) != nil {
+			if b.Cluster != plan.cluster || plan.user(b) != nil || isImage(b.Backup) {
 				continue
 			}
 			deleted, err := p.r.exists(ctx, deletedKey(b.Cluster, b.Backup))
@@ -210,7 +210,7 @@ func (p *pruner) heedSessions(ctx context.Context, plan *walPlan, sessions []*li
 func (p *pruner) heedNew(ctx context.Context, plan *walPlan) (reason string, err error) {
 	stored, err := p.r.storedBackups(ctx, backupsPrefix(plan.cluster))
 	for _, b := range stored {
-		if b.manifest && plan.user(b.BackupName) == nil && !slices.Contains(p.report.Collected, b.BackupName) {
+		if b.manifest && !isImage(b.Backup) && plan.user(b.BackupName) == nil && !slices.Contains(p.report.Collected, b.BackupName) {
 			return fmt.Sprintf("backup %s was made meanwhile", b.Backup), err
 		}
 	}

@@ -101,7 +101,7 @@ func countOperations(t *testing.T, s *synthetic, spec syntheticSpec) {
 		{"read eight chunks that lie together", func() error { _, err := f.ReadAt(make([]byte, 8*ChunkSize), 64*ChunkSize+32*ChunkSize); return err },
 			map[string]int{"get packs/": 1}},
 		{"tell what it holds", func() error { _, err := r.Info(t.Context()); return err },
-			map[string]int{"list clusters/": 1, "get clusters/": 2, "list backups/": 1, "get manifest": n, "get pack list": n, "list ": 1, "list sessions/": 1}},
+			map[string]int{"list clusters/": 1, "get clusters/": 2, "list backups/": 2, "get manifest": n, "get pack list": n, "list ": 1, "list sessions/": 1}},
 		{"check the structure", func() error { return checkStructure(t, r) },
 			map[string]int{"list keys/": 1, "list clusters/": 1, "get clusters/": 1, "list backups/": 1, "get manifest": n, "get pack list": n,
 				"get backups/": n, "list sessions/": 1, "get sessions/": 1, "list wal/": 1, "list damaged/": 1, "list packs/": 1}},

@@ -23,6 +23,8 @@ type BackupOptions struct {
 	Prior   *Backup // whose unchanged pages are used again; nil: none
 	Workers int     // that hash and compress; 0: one for each processor
 	CopyOf  string  // id of the backup in another repository; "": it is not a copy
+
+	ImageOf *Manifest // the backup that this is a boot image of; nil: it is a backup itself. Prior is that backup, or another image of it
 }
 
 // WriteBackup runs fn, which writes the backup's files and returns what it knows of the manifest, and publishes the
@@ -62,6 +64,10 @@ func (o BackupOptions) session(cluster string) SessionInfo {
 	}
 	if o.Prior != nil {
 		info.Uses = []BackupName{o.Prior.Manifest.Name()}
+	}
+	if o.ImageOf != nil {
+		info.Operation, info.Makes[0].Backup = "boot image", newImageID(o.ImageOf.ID)
+		info.Uses = append(info.Uses, o.ImageOf.Name())
 	}
 	return info
 }
@@ -107,6 +113,7 @@ type BackupWriter struct {
 	open    *FileWriter
 	live    liveBytes
 	wal     map[pg.WALName]bool // WAL objects that files are
+	imageOf *Backup             // nil: it is no image
 	base    context.Context     // the caller's
 	ctx     context.Context     // base, ended by the first failure of a worker and when all are done
 	workers *errgroup.Group
@@ -125,6 +132,11 @@ func (r *Repository) newBackupWriter(ctx context.Context, session SessionID, o B
 	if o.Prior != nil {
 		var err error
 		if w.prior, err = openPrior(ctx, r, o.Prior, w.index); err != nil {
+			return nil, err
+		}
+	}
+	if o.ImageOf != nil {
+		if err := w.makeImage(ctx, o.ImageOf); err != nil {
 			return nil, err
 		}
 	}
@@ -202,6 +214,9 @@ func (w *BackupWriter) abandon(ctx context.Context, session *Session, listing bo
 // checkWAL makes sure that the WAL objects that the backup refers to are there, and that these and what recovery may want
 // behind them stay. No prune that begins later deletes any: it sees the session. So this looks for what those before were about to.
 func (w *BackupWriter) checkWAL(m *Manifest) error {
+	if w.imageOf != nil {
+		return nil // it needs no WAL that its backup does not need, and that it announced
+	}
 	if err := w.r.checkFloors(w.base, m); err != nil {
 		return err
 	}

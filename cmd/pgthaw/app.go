@@ -25,7 +25,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Before:    applyConfig,
 		Action:    noCommand,
 		Commands: []*cli.Command{
-			repoCommand(), backupCommand(), listCommand(), showCommand(),
+			repoCommand(), backupCommand(), bootImageCommand(), listCommand(), showCommand(),
 			mountCommand(), umountCommand(), thawCommand(), overlayCommand(), restoreCommand(), walCommand(),
 		},
 		DisableSliceFlagSeparator: true,                         // a tablespace's path may hold a comma

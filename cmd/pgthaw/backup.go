@@ -1,12 +1,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"pgthaw/ingest"
+	"pgthaw/recovery"
 	"pgthaw/repo"
 )
 
@@ -16,7 +18,7 @@ func backupCommand() *cli.Command {
 		Description: "Takes a base backup over the replication protocol, with the WAL that makes it consistent. CLUSTER is the name that the\n" +
 			"server has in the repository; the first backup binds it to the server's system identifier. Only pages that are not in the\n" +
 			"repository yet are stored, and yet every backup is a full one to whoever reads it.",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			connectionFlag(),
 			text("label", "name the backup `LABEL`"),
 			toggle("full", "do not compare with the newest backup"),
@@ -24,7 +26,8 @@ func backupCommand() *cli.Command {
 			toggle("no-verify-checksums", "back up pages whose checksum is wrong instead of failing"),
 			setting("max-rate", "let the server send at most `RATE` kB per second; suffixes k and M"),
 			jobsFlag(),
-		},
+			toggle("boot-image", "then have PostgreSQL start from the backup, and store what thaws of it then need not replay"),
+		}, imageFlags()...),
 		Action: backup,
 	}
 }
@@ -61,10 +64,32 @@ func backup(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if c.Bool("json") {
-		return printJSON(c.App.Writer, newListed(m))
+	took := time.Since(began)
+	var images recovery.Images
+	if c.Bool("boot-image") {
+		images, err = imagesOfNew(c, r, m)
 	}
-	_, err = fmt.Fprintf(c.App.Writer, "Backup %s of %s: %s in %s, %s stored\n",
-		m.ID, m.Cluster, size(m.SizeBytes), duration(time.Since(began)), size(m.StoredBytes))
+	if c.Bool("json") {
+		b := newListed(m)
+		b.Images = newImageJSON(images.Made)
+		return errors.Join(err, printJSON(c.App.Writer, b))
+	}
+	fmt.Fprintf(c.App.Writer, "Backup %s of %s: %s in %s, %s stored\n",
+		m.ID, m.Cluster, size(m.SizeBytes), duration(took), size(m.StoredBytes))
+	if c.Bool("boot-image") && err == nil {
+		err = printImages(c.App.Writer, images)
+	}
 	return err
+}
+
+// imagesOfNew makes the boot images of a backup that was just made. That stands, whatever comes of them.
+func imagesOfNew(c *cli.Context, r *repo.Repository, m *repo.Manifest) (recovery.Images, error) {
+	if err := ingest.ArchiveCheckpoint(c.Context, r, m, c.String("pg-connection")); err != nil {
+		logger(c).Warn("the boot image from which recovery goes on has to wait for a checkpoint", "error", err)
+	}
+	images, err := makeImages(c, r, m.Cluster, m.ID)
+	if err != nil {
+		err = fmt.Errorf("backup %s was made, but not its boot image: %w", m.ID, err)
+	}
+	return images, err
 }

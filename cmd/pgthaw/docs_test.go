@@ -21,7 +21,7 @@ const cliPage = "../../docs/cli.md"
 var update = flag.Bool("update", false, "write what is generated of "+cliPage)
 
 // The page's parts between these two lines are the program's own tables. Everything else is written by hand.
-var generated = regexp.MustCompile(`(?s)<!-- from the program: ([a-z ]+) -->\n(.*?)<!-- end -->\n`)
+var generated = regexp.MustCompile(`(?s)<!-- from the program: ([a-z -]+) -->\n(.*?)<!-- end -->\n`)
 
 func TestCommandLinePage(t *testing.T) {
 	page, err := os.ReadFile(cliPage)

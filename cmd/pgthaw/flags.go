@@ -62,7 +62,7 @@ func recoveryFlags() []cli.Flag {
 		text("timeline", "follow `TIMELINE`: latest, current or a number (default: latest)"),
 		text("action", "then pause, promote or shutdown: `ACTION` (default: promote)"),
 		&cli.StringSliceFlag{Name: "tablespace-mapping", Usage: "put the tablespace at `OLD=NEW` instead; repeatable"},
-		setting("bindir", "use PostgreSQL's programs in `DIR` (default: those of the backup's major version, where Debian and PGDG put them)"),
+		bindirFlag(),
 		jobsFlag(),
 	}
 }

@@ -41,6 +41,7 @@ type listed struct {
 	StoredBytes      int64            `json:"stored_bytes"`
 	Files            int              `json:"files"`
 	Window           *recovery.Window `json:"recoverable,omitempty"`
+	Images           []imageJSON      `json:"boot_images,omitempty"`
 }
 
 func newListed(m *repo.Manifest) listed {
@@ -95,12 +96,13 @@ func chosenClusters(ctx context.Context, r *repo.Repository, name string) ([]rep
 func listCluster(ctx context.Context, r *repo.Repository, cluster string) (backups []listed, err error) {
 	manifests, err := r.Backups(ctx, cluster)
 	windows, windowsErr := recovery.Windows(ctx, r, cluster, manifests)
+	images, imagesErr := r.Images(ctx, cluster)
 	for i, m := range manifests {
 		b := newListed(m)
-		b.Window = windows[i]
+		b.Window, b.Images = windows[i], newImageJSON(images[m.ID])
 		backups = append(backups, b)
 	}
-	return backups, errors.Join(err, windowsErr)
+	return backups, errors.Join(err, windowsErr, imagesErr)
 }
 
 func printList(w io.Writer, clusters []repo.Cluster, all []listed) error {
@@ -136,6 +138,11 @@ func printCluster(w io.Writer, backups []listed) error {
 	for _, b := range backups {
 		if b.Window != nil && b.Window.Standalone {
 			fmt.Fprintf(w, "Recoverable to its own end only: %s, %s (%s)\n", b.ID, clock(b.Window.To.Time), b.Window.To.LSN)
+		}
+	}
+	for _, b := range backups {
+		for _, i := range b.Images {
+			fmt.Fprintf(w, "Started by PostgreSQL %s: %s; boot image of %s\n", i.PGVersion, b.ID, describeImage(i.Image))
 		}
 	}
 	for _, win := range joined(backups) {

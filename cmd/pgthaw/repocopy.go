@@ -40,6 +40,7 @@ type copyJSON struct {
 	Source      string          `json:"source"`
 	Destination string          `json:"destination"`
 	Backups     []copiedJSON    `json:"backups"`
+	Images      int             `json:"boot_images"`
 	Present     int             `json:"backups_present"`
 	Deleted     int             `json:"backups_deleted"`
 	WALFiles    int             `json:"wal_files"`
@@ -148,6 +149,7 @@ func (k *copyJSON) count(done repo.Copied, read int64) {
 	for _, m := range done.Backups {
 		k.Backups = append(k.Backups, copiedJSON{m.Cluster, m.ID, repo.OriginalID(m.ID), m.SizeBytes, m.StoredBytes})
 	}
+	k.Images = done.Images
 	k.Present, k.Deleted, k.ReadBytes = done.Present, done.Deleted, read
 	k.WALFiles, k.WALBytes, k.WALPresent = done.WALFiles, done.WALBytes, done.WALThere
 }
@@ -163,7 +165,10 @@ func (k copyJSON) print(w io.Writer, whole bool, took time.Duration) error {
 	if !whole {
 		return nil
 	}
-	if len(k.Backups) == 0 && k.WALFiles == 0 && len(k.NotCopied) == 0 {
+	if k.Images > 0 {
+		fmt.Fprintf(w, "Boot images: %d\n", k.Images)
+	}
+	if len(k.Backups) == 0 && k.Images == 0 && k.WALFiles == 0 && len(k.NotCopied) == 0 {
 		fmt.Fprint(w, "Nothing to copy")
 	} else {
 		fmt.Fprintf(w, "Copied: %d backups, %d WAL files (%s) in %s, %s read", len(k.Backups), k.WALFiles, size(k.WALBytes), duration(took), size(k.ReadBytes))

@@ -93,6 +93,9 @@ func printResult(w io.Writer, r recovery.Result) error {
 			fmt.Fprintf(w, "%s after %s\n", phase.name, duration(time.Duration(phase.ms)*time.Millisecond))
 		}
 	}
+	if r.BootImage != nil {
+		fmt.Fprintf(w, "It starts from its boot image: %s\n", describeImage(r.BootImage))
+	}
 	if r.Standalone {
 		fmt.Fprintln(w, "The WAL behind the backup was pruned: its own end is all that can be recovered to")
 	}

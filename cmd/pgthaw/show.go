@@ -26,6 +26,7 @@ func showCommand() *cli.Command {
 type shown struct {
 	*repo.Manifest
 	Window *recovery.Window `json:"recoverable"`
+	Images []imageJSON      `json:"boot_images,omitempty"`
 	Older  []string         `json:"older_than_seen,omitempty"`
 }
 
@@ -48,10 +49,12 @@ func show(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	images, err := r.ImagesOf(c.Context, m)
+	unread := errors.Join(unseen, err)
 	if c.Bool("json") {
-		return errors.Join(unseen, printJSON(c.App.Writer, shown{m, w[0], olderThanSeen(unseen)}))
+		return errors.Join(unread, printJSON(c.App.Writer, shown{m, w[0], newImageJSON(images), olderThanSeen(unseen)}))
 	}
-	return errors.Join(unseen, printShown(c.App.Writer, m, w[0]))
+	return errors.Join(unread, printShown(c.App.Writer, m, w[0], images))
 }
 
 func recoverable(win *recovery.Window) string {
@@ -61,7 +64,7 @@ func recoverable(win *recovery.Window) string {
 	return fmt.Sprintf("%s (%s) to %s (%s)", clock(win.From.Time), win.From.LSN, clock(win.To.Time), win.To.LSN)
 }
 
-func printShown(w io.Writer, m *repo.Manifest, win *recovery.Window) error {
+func printShown(w io.Writer, m *repo.Manifest, win *recovery.Window, images []*repo.Manifest) error {
 	t := table{
 		{"Backup", m.ID},
 		{"Cluster", m.Cluster},
@@ -81,6 +84,9 @@ func printShown(w io.Writer, m *repo.Manifest, win *recovery.Window) error {
 		{"Data checksums", map[bool]string{true: "on", false: "off"}[m.DataChecksums]},
 		{"Data directory", m.DataDirectory},
 		{"Configuration", m.ConfigFile},
+	}
+	for _, i := range images {
+		t.row("Boot image", fmt.Sprintf("%s; started by PostgreSQL %s at %s, %s stored", describeImage(i.Image), i.Image.PGVersion, clock(i.Image.MadeAt), size(i.StoredBytes)))
 	}
 	for _, s := range m.Tablespaces {
 		t.row("Tablespace", fmt.Sprintf("%d at %s", s.OID, s.Path))

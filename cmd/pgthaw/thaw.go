@@ -17,7 +17,8 @@ func thawCommand() *cli.Command {
 			"BACKUP is an id from \"pgthaw list\", or latest: with a recovery target, the newest backup from which it can be reached.\n" +
 			"Without a target, all WAL in the repository is recovered. What cannot be reached is refused before anything is written.",
 		Flags: append(recoveryFlags(),
-			setting("hydrate", "copy the rest in the background: auto, off, or a `RATE` such as 50MB (per second)")),
+			setting("hydrate", "copy the rest in the background: auto, off, or a `RATE` such as 50MB (per second)"),
+			toggle("no-boot-image", "recover from the backup itself also where it has a boot image")),
 		Action: thaw,
 	}
 }
@@ -25,6 +26,7 @@ func thawCommand() *cli.Command {
 func thaw(c *cli.Context) error {
 	p := newProgress(c)
 	return recoverBackup(c, p, func(ctx context.Context, r *repo.Repository, o recovery.Options) (_ recovery.Result, err error) {
+		o.NoBootImage = c.Bool("no-boot-image")
 		if o.RestoreCommand, err = restoreCommandFor(c, r.URL(), o.Cluster, o.Dir); err != nil {
 			return recovery.Result{}, err
 		}

@@ -3,6 +3,7 @@ package fusefs
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -28,12 +29,26 @@ func TestMain(m *testing.M) {
 	if name := os.Getenv(childVariable); name != "" {
 		os.Exit(runChild(name))
 	}
-	code := m.Run()
+	os.Exit(inOwnDirectory(m))
+}
+
+// inOwnDirectory runs the tests with a temporary directory of their own, in which nobody else mounts anything.
+func inOwnDirectory(m *testing.M) (code int) {
+	dir, err := os.MkdirTemp("", "f") // short, for names of sockets
+	if err == nil {
+		err = errors.Join(os.Chmod(dir, 0o755), os.Setenv("TMPDIR", dir))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	code = m.Run()
 	if leaked := leakedMounts(); len(leaked) > 0 {
 		fmt.Fprintf(os.Stderr, "mounts left behind: %q\n", leaked)
-		code = 1
+		return 1
 	}
-	os.Exit(code)
+	_ = os.RemoveAll(dir)
+	return code
 }
 
 func runChild(name string) int {
@@ -51,7 +66,7 @@ func runChild(name string) int {
 	return 0
 }
 
-// leakedMounts lists the mounts of ours below the temporary directory.
+// leakedMounts lists the mounts below the temporary directory.
 func leakedMounts() []string {
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -60,7 +75,7 @@ func leakedMounts() []string {
 	var leaked []string
 	for line := range strings.Lines(string(b)) {
 		fields := strings.Fields(line)
-		if strings.HasPrefix(fields[4], os.TempDir()+"/Test") && (strings.Contains(line, " fuse.pgthaw") || strings.Contains(fields[4], "/pgdata/")) {
+		if strings.HasPrefix(fields[4], os.TempDir()+"/") {
 			leaked = append(leaked, fields[4])
 		}
 	}

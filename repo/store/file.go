@@ -251,23 +251,23 @@ func (s *File) ensureDir(root *os.Root, dir string) error {
 	})
 }
 
-// makeRoot makes the root, or a directory above it: dir is a path.
+// makeRoot makes the root, or a directory above it, and syncs the names of all on the way to it: dir is a path.
 func (s *File) makeRoot(dir string) error {
 	return s.once(dir, func() error {
 		parent := filepath.Dir(dir)
-		err := os.Mkdir(dir, 0o700)
-		if errors.Is(err, fs.ErrNotExist) {
-			if err := s.makeRoot(parent); err != nil {
-				return err
-			}
-			err = os.Mkdir(dir, 0o700)
+		if parent == dir {
+			return nil
 		}
+		if err := s.makeRoot(parent); err != nil {
+			return err
+		}
+		err := os.Mkdir(dir, 0o700)
 		made := err == nil
-		if !made && !errors.Is(err, fs.ErrExist) {
+		if info, statErr := os.Stat(dir); !made && (statErr != nil || !info.IsDir()) {
 			return err
 		}
 		err = syncPath(parent)
-		if !made && errors.Is(err, fs.ErrPermission) {
+		if !made && (errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EROFS)) {
 			return nil // somebody else's directory, made before us
 		}
 		return err

@@ -138,12 +138,27 @@ func (h *simHandle) isDead() bool {
 	return h.dead
 }
 
+// writes is what the process is about to put into a backup.
+func (h *simHandle) writes() (want map[string][]byte, wal simRange) {
+	h.s.mu.Lock()
+	defer h.s.mu.Unlock()
+	return h.want, h.wal
+}
+
+// setWrites comes before writes: signs of life are other goroutines' operations.
+func (h *simHandle) setWrites(want map[string][]byte, wal simRange) {
+	h.s.mu.Lock()
+	defer h.s.mu.Unlock()
+	h.want, h.wal = want, wal
+}
+
 // do waits for the scheduler.
 func (h *simHandle) do(ctx context.Context, op *simOp) simReply {
 	if err := ctx.Err(); err != nil {
 		return simReply{err: err}
 	}
-	op.h, op.want, op.wal, op.reply = h, h.want, h.wal, make(chan simReply, 1)
+	op.h, op.reply = h, make(chan simReply, 1)
+	op.want, op.wal = h.writes()
 	if h.fault != nil && !h.isDead() {
 		if r, ok := h.fault(op); ok {
 			return r

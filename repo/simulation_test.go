@@ -494,12 +494,12 @@ func (s *simulation) write(h *simHandle, rng *rand.Rand) {
 				prior = r.OpenBackup(m)
 			}
 		}
-		h.want = map[string][]byte{}
+		files := map[string][]byte{}
 		for _, name := range []string{"pgdata/a", "pgdata/b", "pgdata/c"} {
-			h.want[name] = simContents[rng.IntN(len(simContents))]
+			files[name] = simContents[rng.IntN(len(simContents))]
 		}
-		files, fails := h.want, rng.IntN(12) == 0
-		h.wal = simRange{}
+		fails := rng.IntN(12) == 0
+		h.setWrites(files, simRange{})
 		m, err := r.WriteBackup(s.ctx, "main", BackupOptions{Prior: prior, Workers: 1}, func(ctx context.Context, w *BackupWriter) (Manifest, error) {
 			for _, p := range []*packer{&w.packs.data, &w.packs.hot, &w.packs.meta} {
 				p.size = 1000 + 1000*rng.IntN(4)
@@ -509,10 +509,10 @@ func (s *simulation) write(h *simHandle, rng *rand.Rand) {
 				return testManifest(), errors.Join(errorIf(fails, errSim), writeFiles(w, files))
 			}
 			wal := s.server.beginBackup(rng)
-			h.wal = wal
 			if name, ok := wal.partialSegment(); ok {
 				files[name] = simContents[0]
 			}
+			h.setWrites(files, wal)
 			h.think(ctx)
 			m, err := wal.manifest(), errorIf(fails, errSim)
 			if err == nil {

@@ -147,13 +147,13 @@ func TestPruneStandsStillMeetsHold(t *testing.T) {
 		r := newWALRepository(t)
 		defer r.Close()
 		all := daily(t, r)
-		marks := 0
+		var marks atomic.Int32
 		o := PruneOptions{Policy: Policy{Last: 1}, Grace: DefaultGrace, Apply: true}
 		err := stillPrune(t, r, o, func(kind, key string) bool {
 			if kind == opPut && strings.HasSuffix(key, deletedSuffix) {
-				marks++
+				marks.Add(1)
 			}
-			return marks == 1
+			return marks.Load() == 1
 		}, func(*Repository) {})
 		if !errors.Is(err, ErrGivenUp) {
 			t.Errorf("it went on: %v", err)

@@ -279,6 +279,7 @@ func TestCopyReadsWhatChanged(t *testing.T) {
 
 // TestCopyTakesNoMoreRoom: backups that share nearly everything share it in the destination, all at once or one by one.
 func TestCopyTakesNoMoreRoom(t *testing.T) {
+	long(t)
 	s := newCopySource(t, testFiles{"pgdata/base/5/2": pagesOf(2, 1000), "pgdata/base/5/3": pagesOf(3, 100)})
 	at, gradually := newDestination(t), newDestination(t)
 	for i := range 10 {
@@ -405,8 +406,12 @@ func TestCopyInterrupted(t *testing.T) {
 	for i := range 2 {
 		s.backUp(t, s.withPages("pgdata/base/5/2", uint64(100*i), 7+i))
 	}
+	step := 1
+	if testing.Short() {
+		step = 4
+	}
 	for _, kept := range []bool{false, true} {
-		for n := 1; ; n++ {
+		for n := 1; ; n += step {
 			to := inMemory(t)
 			whole := to.store
 			to.store = &faultyStore{Store: whole, left: n, kept: kept}
@@ -454,6 +459,7 @@ func TestCopyAtOnce(t *testing.T) {
 
 // TestCopyOfDamaged damages each object of the source: what can still be read is copied, and nothing else is.
 func TestCopyOfDamaged(t *testing.T) {
+	long(t)
 	s := newCopySource(t, tinyFiles())
 	for i := range 3 {
 		s.backUp(t, s.withPages("pgdata/base/5/2", uint64(100*i), 7+i))

@@ -19,6 +19,7 @@ import (
 // TestCrashFileStoreFaults lets each kind of system call of the file store fail, the first, the second and so on and all from then
 // on, done or not done. The error names key and errno; no object is there but whole; what lies in tmp goes; and the next try succeeds.
 func TestCrashFileStoreFaults(t *testing.T) {
+	long(t)
 	d := mountDisk(t)
 	for name, links := range map[string]bool{"links": true, "no links": false} {
 		t.Run(name, func(t *testing.T) {

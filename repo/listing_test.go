@@ -170,6 +170,7 @@ func TestUnfinishedFile(t *testing.T) {
 // memory does not grow with a cluster stands on it. A second backup holds the prior listing of the directory, too; a
 // decoder of zstd keeps hold of it until it decodes something else.
 func TestMemoryOfManyFiles(t *testing.T) {
+	long(t)
 	const files, most, left = 100_000, 90, 20 // bytes; most of them are the file's map
 	r := newTestRepository(t)
 	content := pagesOf(1, 1)[:maxInline+1]
@@ -227,6 +228,7 @@ func liveHeap() int64 {
 
 // TestMemoryOfWalk holds that a walk decodes a directory entry by entry.
 func TestMemoryOfWalk(t *testing.T) {
+	long(t)
 	const files, most = 100_000, 120 // bytes
 	r := newTestRepository(t)
 	content := pagesOf(1, 1)[:maxInline+1]

@@ -33,6 +33,14 @@ func crashRounds(t *testing.T) int {
 	return n
 }
 
+// long skips a test that takes many seconds under the race detector, and finds no races: the rooms' other run has it.
+func long(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("it takes long")
+	}
+}
+
 // cuts goes through the power cuts of a recorded run: after each operation, with nothing of what was not synced left, with
 // all of it and with parts. It stops when found says so.
 func cuts(log []DiskOp, deaf string, rounds int, rng *rand.Rand, found func(n int, m image) (goOn bool)) {

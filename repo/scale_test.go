@@ -60,6 +60,7 @@ func (s *countingStore) during(t *testing.T, fn func() error) map[string]int {
 // TestOperationCounts counts what the promises of docs/format.md, "What reading costs", come to, on a small cluster and on one
 // of five times its size with five times as many backups: the same, but for one object a backup where backups are listed.
 func TestOperationCounts(t *testing.T) {
+	long(t)
 	small := syntheticSpec{segments: 2, small: 100, databases: 2, backups: 2, changed: 1, wal: 3}
 	large := syntheticSpec{segments: 10, small: 5_000, databases: 2, backups: 10, changed: 1, wal: 3}
 	for name, spec := range map[string]syntheticSpec{"small": small, "large": large} {
@@ -122,6 +123,7 @@ func checkStructure(t *testing.T, r *Repository) error {
 func TestSynthetic(t *testing.T) { bothSeals(t, testSynthetic) }
 
 func testSynthetic(t *testing.T, keys ...Key) {
+	long(t)
 	spec := tenTiB
 	spec.databases, spec.backups = 4, 10
 	spec = spec.of(1.0 / 1000)

@@ -68,7 +68,11 @@ func (r *restarting) checkOthers() error {
 		return err
 	}
 	for _, u := range users {
-		if u.PID != r.old.pid && u.PID != os.Getpid() && parentOf(u.PID) != r.old.pid {
+		parent := parentOf(u.PID)
+		switch {
+		case u.PID == r.old.pid, u.PID == os.Getpid(), parent == r.old.pid:
+		case syscall.Kill(u.PID, 0) == syscall.ESRCH: // it has ended
+		default:
 			return withHint(fmt.Errorf("%s is hydrated, but its mount cannot be taken off: %w: %s works in it or has a file open", r.dir, syscall.EBUSY, u),
 				"The server was not stopped. Try again when that process has ended or left.")
 		}

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"time"
 
@@ -270,9 +268,9 @@ func (k *imageMaker) describe(ctx context.Context, j *job, kind repo.ImageKind) 
 	if c.State != want || c.SystemIdentifier != k.m.SystemIdentifier {
 		return repo.Image{}, fmt.Errorf("%w: it was to be %q, but is %q", ErrServer, want, c.State)
 	}
-	version, err := postgresVersion(ctx, j.start.postgres)
+	version, _, err := postgresVersion(ctx, j.start.postgres)
 	if err != nil {
-		return repo.Image{}, err
+		return repo.Image{}, fmt.Errorf("%w: %w", ErrServer, err)
 	}
 	i := repo.Image{
 		Of: k.m.ID, Kind: kind, LSN: k.m.StopLSN, Redo: c.Redo, Timeline: c.Timeline,
@@ -317,19 +315,4 @@ func later(a, b uint32) uint32 {
 		return b
 	}
 	return a
-}
-
-var fullVersionText = regexp.MustCompile(`\(PostgreSQL\) (\S+)`)
-
-// postgresVersion is that of a server's program: "16.4".
-func postgresVersion(ctx context.Context, program string) (string, error) {
-	out, err := exec.CommandContext(ctx, program, "-V").Output()
-	if err != nil {
-		return "", fmt.Errorf("%w: %s -V: %w", ErrServer, program, err)
-	}
-	match := fullVersionText.FindSubmatch(out)
-	if match == nil {
-		return "", fmt.Errorf("%w: %s -V: %q", ErrServer, program, out)
-	}
-	return string(match[1]), nil
 }

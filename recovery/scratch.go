@@ -10,65 +10,9 @@ import (
 	"slices"
 	"strconv"
 	"syscall"
-	"time"
 
 	"pgthaw/repo"
 )
-
-// stopLimit is how long a server may take for its last checkpoint.
-const stopLimit = 10 * time.Minute
-
-// stop ends a server as pg_ctl stop -m fast does.
-func (s *server) stop(ctx context.Context) error { return s.end(ctx, syscall.SIGINT, stopLimit) }
-
-// kill ends a server at once, if it still runs. What it did is of no use to anybody.
-func (s *server) kill() {
-	if s == nil {
-		return
-	}
-	const patience = 5 * time.Second // as pg_ctl's and the postmaster's own (SIGKILL_CHILDREN_AFTER_SECS)
-	if s.end(context.Background(), syscall.SIGQUIT, patience) != nil {
-		_ = s.end(context.Background(), syscall.SIGKILL, patience)
-	}
-}
-
-func (s *server) end(ctx context.Context, signal syscall.Signal, limit time.Duration) error {
-	if !s.running() {
-		return nil
-	}
-	if err := syscall.Kill(s.pid, signal); err != nil {
-		return fmt.Errorf("stop PostgreSQL (PID %d): %w", s.pid, err)
-	}
-	deadline := time.Now().Add(limit)
-	for pause := newPause(); s.running(); {
-		if err := pause.sleep(ctx); err != nil {
-			return err
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("%w: it does not shut down (PID %d)", ErrServer, s.pid)
-		}
-	}
-	return nil
-}
-
-// alonePort names a socket in a directory of its own; nothing listens on the port.
-const alonePort = 5432
-
-// aloneSettings are those of a server that recovers and shuts down. What it writes need not survive anything but itself.
-func (s *startPlan) aloneSettings() []setting {
-	return []setting{
-		{"port", strconv.Itoa(s.port)},
-		{"listen_addresses", ""},
-		{"unix_socket_directories", s.sockets[0]},
-		{"fsync", "off"},
-		{"logging_collector", "off"},
-		{"log_destination", "stderr"},
-		{"shared_buffers", "128MB"},
-		{"huge_pages", "off"},
-		{"autovacuum", "off"},
-		{"max_logical_replication_workers", "0"},
-	}
-}
 
 // scratch is a temporary directory in which a backup is thawed, for whoever makes an image. Its lock tells that this process lives.
 type scratch struct {

@@ -45,6 +45,25 @@ func (s *startPlan) settings() []setting {
 	}
 }
 
+// alonePort names a socket in a directory of its own; nothing listens on the port.
+const alonePort = 5432
+
+// aloneSettings are those of a server that recovers and shuts down. What it writes need not survive anything but itself.
+func (s *startPlan) aloneSettings() []setting {
+	return []setting{
+		{"port", strconv.Itoa(s.port)},
+		{"listen_addresses", ""},
+		{"unix_socket_directories", s.sockets[0]},
+		{"fsync", "off"},
+		{"logging_collector", "off"},
+		{"log_destination", "stderr"},
+		{"shared_buffers", "128MB"},
+		{"huge_pages", "off"},
+		{"autovacuum", "off"},
+		{"max_logical_replication_workers", "0"},
+	}
+}
+
 // socketDirs are where clients look for a server: Debian's default and PostgreSQL's own.
 var socketDirs = []string{"/var/run/postgresql", "/tmp"}
 
@@ -168,7 +187,7 @@ func findPostgres(ctx context.Context, major int, binDir string) (string, error)
 	}
 	for _, dir := range candidates {
 		program := filepath.Join(dir, "postgres")
-		found, err := postgresMajor(ctx, program)
+		_, found, err := postgresVersion(ctx, program)
 		if err == nil && found == major {
 			return program, nil
 		}
@@ -196,18 +215,20 @@ func postgresPlaces(major int) []string {
 	return places
 }
 
-var versionText = regexp.MustCompile(`\(PostgreSQL\) (\d+)`)
+var versionText = regexp.MustCompile(`\(PostgreSQL\) ((\d+)\S*)`)
 
-func postgresMajor(ctx context.Context, program string) (int, error) {
+// postgresVersion is that of a server's program: "16.4", and 16.
+func postgresVersion(ctx context.Context, program string) (version string, major int, err error) {
 	out, err := exec.CommandContext(ctx, program, "-V").Output()
 	if err != nil {
-		return 0, err
+		return "", 0, fmt.Errorf("%s -V: %w", program, err)
 	}
 	match := versionText.FindSubmatch(out)
 	if match == nil {
-		return 0, fmt.Errorf("%s -V: %q", program, out)
+		return "", 0, fmt.Errorf("%s -V: %q", program, out)
 	}
-	return strconv.Atoi(string(match[1]))
+	major, err = strconv.Atoi(string(match[2]))
+	return string(match[1]), major, err
 }
 
 // server is a PostgreSQL that we started; it outlives us.
@@ -282,6 +303,42 @@ func (s *server) running() bool {
 	pid, err := unix.Wait4(s.pid, &s.status, unix.WNOHANG, nil)
 	s.exited = pid == s.pid || errors.Is(err, unix.ECHILD)
 	return !s.exited
+}
+
+// stopLimit is how long a server may take for its last checkpoint.
+const stopLimit = 10 * time.Minute
+
+// stop ends a server as pg_ctl stop -m fast does.
+func (s *server) stop(ctx context.Context) error { return s.end(ctx, syscall.SIGINT, stopLimit) }
+
+// kill ends a server at once, if it still runs. What it did is of no use to anybody.
+func (s *server) kill() {
+	if s == nil {
+		return
+	}
+	const patience = 5 * time.Second // as pg_ctl's and the postmaster's own (SIGKILL_CHILDREN_AFTER_SECS)
+	if s.end(context.Background(), syscall.SIGQUIT, patience) != nil {
+		_ = s.end(context.Background(), syscall.SIGKILL, patience)
+	}
+}
+
+func (s *server) end(ctx context.Context, signal syscall.Signal, limit time.Duration) error {
+	if !s.running() {
+		return nil
+	}
+	if err := syscall.Kill(s.pid, signal); err != nil {
+		return fmt.Errorf("stop PostgreSQL (PID %d): %w", s.pid, err)
+	}
+	deadline := time.Now().Add(limit)
+	for pause := newPause(); s.running(); {
+		if err := pause.sleep(ctx); err != nil {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%w: it does not shut down (PID %d)", ErrServer, s.pid)
+		}
+	}
+	return nil
 }
 
 // failed says why the server exited, in its own words.

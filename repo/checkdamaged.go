@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io/fs"
-	"strings"
 
 	"pgthaw/repo/pg"
 )
@@ -20,7 +19,7 @@ func (c *checker) listDamage(ctx context.Context) error {
 	for _, o := range objects {
 		c.recorded[o.Key] = true
 		cluster, name, err := parseWALKey(o.Key)
-		if err != nil || !strings.HasPrefix(o.Key, walRoot) {
+		if err != nil {
 			continue // a pack
 		}
 		cl := c.cluster(cluster)

@@ -169,7 +169,7 @@ func (c *checker) readPack(ctx context.Context, p *checkedPack) error {
 		}
 	}
 	for len(refs) > 0 {
-		n := together(refs)
+		n := neighbours(slices.Values(refs))
 		if err := c.readChunks(ctx, p, refs[:n]); err != nil {
 			return err
 		}
@@ -202,15 +202,6 @@ func (c *checker) readMetadata(ctx context.Context, p *checkedPack, ref Ref) err
 	}
 	c.bytes.Add(int64(ref.Length))
 	return nil
-}
-
-// together counts the chunks at the beginning of refs that are read at once: neighbours, up to maxFetch bytes.
-func together(refs []Ref) int {
-	n := 1
-	for n < len(refs) && refs[n].Offset == refs[n-1].end() && refs[n].end()-refs[0].Offset <= maxFetch {
-		n++
-	}
-	return n
 }
 
 // readChunks reads neighbouring chunks at once and verifies each. If they cannot be read together, each is tried alone.

@@ -88,11 +88,7 @@ func (c *checker) checkPacks(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
 	for _, p := range c.order {
-		if p.stored >= 0 {
-			c.checkSize(p)
-		} else {
-			g.Go(func() error { return c.checkEdition(gctx, p) })
-		}
+		g.Go(func() error { return c.checkPack(gctx, p) })
 	}
 	return g.Wait()
 }
@@ -135,11 +131,15 @@ func (c *checker) listPacks(ctx context.Context) error {
 // packsRoot begins the keys of all packs.
 const packsRoot = "packs/"
 
-// checkSize compares a pack that is there with what the pack lists say.
-func (c *checker) checkSize(p *checkedPack) {
+// checkPack compares a pack that is there with what the pack lists say, or looks at the edition that stands for it.
+func (c *checker) checkPack(ctx context.Context, p *checkedPack) error {
+	if p.stored < 0 {
+		return c.checkEdition(ctx, p)
+	}
 	if p.stored != int64(p.size.size) {
 		c.packDamaged(p, corrupt(p.id.key(), "it has %d bytes instead of %d", p.stored, p.size.size), costSize)
 	}
+	return nil
 }
 
 // checkEdition looks at what stands for a pack that is not there. Without its table nothing of it can be read.
@@ -229,14 +229,11 @@ func (c *checker) pack(ctx context.Context, id PackID) (*checkedPack, error) {
 	}
 	p := &checkedPack{id: id, no: uint32(len(c.order)), stored: -1}
 	err := c.measure(ctx, p)
-	if err == nil && p.stored < 0 {
-		err = c.checkEdition(ctx, p)
+	if err == nil {
+		err = c.checkPack(ctx, p)
 	}
 	if err != nil {
 		return nil, err
-	}
-	if p.stored >= 0 && p.edition == "" {
-		c.checkSize(p)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

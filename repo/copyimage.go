@@ -40,16 +40,6 @@ func (i *Image) replacedBy(o *Image) bool {
 	return i.Kind == o.Kind && (i.LSN < o.LSN || i.LSN == o.LSN && !i.MadeAt.After(o.MadeAt))
 }
 
-// newestOfKinds are those that a prune would leave, of images in the order of their reach.
-func newestOfKinds(images []*Manifest) (newest []*Manifest) {
-	for i, m := range images {
-		if !slices.ContainsFunc(images[i+1:], func(o *Manifest) bool { return o.Image.Kind == m.Image.Kind }) {
-			newest = append(newest, m)
-		}
-	}
-	return newest
-}
-
 // image copies one image: what differs from its backup, which is in both repositories.
 func (c *clusterCopier) image(ctx context.Context, m *Manifest, of, copied string) error {
 	var prior pair

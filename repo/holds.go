@@ -2,8 +2,6 @@ package repo
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"regexp"
@@ -57,9 +55,7 @@ func (r *Repository) AddHold(ctx context.Context, cluster, backup, reason string
 	if err != nil {
 		return Hold{}, err
 	}
-	var id [4]byte
-	rand.Read(id[:])
-	h := Hold{document: document{holdKind, formatVersion}, ID: hex.EncodeToString(id[:]), Cluster: cluster, Backup: backup, Reason: reason,
+	h := Hold{document: document{holdKind, formatVersion}, ID: eightDigits(), Cluster: cluster, Backup: backup, Reason: reason,
 		CreatedAt: time.Now().UTC().Truncate(time.Second), Until: until.UTC()}
 	if err := r.putDocument(ctx, holdKey(cluster, backup, h.ID), h); err != nil {
 		return Hold{}, fmt.Errorf("hold %s %s: %w", cluster, backup, err)

@@ -3,9 +3,7 @@ package repo
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
-	"fmt"
 	"maps"
 	"regexp"
 	"slices"
@@ -47,11 +45,7 @@ var imageID = regexp.MustCompile(`-i[0-9a-f]{8}$`)
 func isImage(id string) bool { return imageID.MatchString(id) }
 
 // newImageID makes the name of an image. Each attempt has its own, as each backup has.
-func newImageID(of string) string {
-	var salt [4]byte
-	rand.Read(salt[:])
-	return fmt.Sprintf("%s-i%x", of, salt)
-}
+func newImageID(of string) string { return of + "-i" + eightDigits() }
 
 // Images lists a cluster's images by the ids of their backups, those that reach farther behind others. It is one listing.
 // Where a manifest cannot be read, the good ones come with an error.
@@ -118,10 +112,17 @@ func (w *BackupWriter) makeImage(ctx context.Context, of *Manifest) error {
 func (l *liveBytes) addUse(u packUse) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.count == nil {
-		l.count = map[PackID]uint64{}
+	l.plus(u.pack, u.live)
+}
+
+// newestOfKinds are those that prune leaves, of images of one backup in the order of their reach.
+func newestOfKinds(images []*Manifest) (newest []*Manifest) {
+	for i, m := range images {
+		if !slices.ContainsFunc(images[i+1:], func(o *Manifest) bool { return o.Image.Kind == m.Image.Kind }) {
+			newest = append(newest, m)
+		}
 	}
-	l.count[u.pack] += u.live
+	return newest
 }
 
 // retainImages marks images of a cluster whose backup goes or went, those that a newer one of their kind replaces, and those that
@@ -137,18 +138,17 @@ func (p *pruner) retainImages(ctx context.Context, cluster string) error {
 		if err != nil {
 			return err
 		}
-		seen := map[ImageKind]bool{}
+		newest := newestOfKinds(images)
 		for _, m := range slices.Backward(images) {
 			reason := ""
 			switch {
 			case gone:
 				reason = "its backup is deleted"
-			case seen[m.Image.Kind]:
+			case !slices.Contains(newest, m):
 				reason = "a newer boot image replaces it"
 			case m.Image.Kind == ImageRecovery && p.standalone[b]:
 				reason = "the WAL behind its backup goes"
 			}
-			seen[m.Image.Kind] = true
 			if reason == "" {
 				continue
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"regexp"
@@ -104,10 +105,13 @@ func newBackupID(now time.Time, salt [2]byte) string {
 }
 
 // newCopyID makes the name of a copy of a backup, or of a copy of one. Each attempt has its own, as each backup has.
-func newCopyID(of string) string {
-	var salt [4]byte
-	rand.Read(salt[:])
-	return fmt.Sprintf("%s-%x", OriginalID(of), salt)
+func newCopyID(of string) string { return OriginalID(of) + "-" + eightDigits() }
+
+// eightDigits are random, and hexadecimal.
+func eightDigits() string {
+	var b [4]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
 }
 
 // OriginalID is the id that a backup had where it was made; its own unless it is a copy.

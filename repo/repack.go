@@ -228,7 +228,7 @@ func (r *repacker) pieces(ctx context.Context, c *candidate, toc *packTOC) ([]by
 		refs = append(refs, toc.ref(c.id, i))
 	}
 	for i := 0; i < len(refs); {
-		n := together(refs[i:])
+		n := neighbours(slices.Values(refs[i:]))
 		first, last := refs[i], refs[i+n-1]
 		b, err := r.r.getPack(ctx, c.id, int64(first.Offset), int64(last.end()-first.Offset))
 		if err != nil {

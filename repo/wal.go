@@ -389,10 +389,11 @@ func (r *Repository) walObjects(ctx context.Context, prefix string) iter.Seq2[wa
 
 // parseWALKey takes apart wal/<cluster>/<timeline>/<name>. *CorruptError: no WAL file has this name.
 func parseWALKey(key string) (cluster string, name pg.WALName, err error) {
-	cluster, path, _ := strings.Cut(strings.TrimPrefix(key, walRoot), "/")
+	rest, ok := strings.CutPrefix(key, walRoot)
+	cluster, path, _ := strings.Cut(rest, "/")
 	dir, base, _ := strings.Cut(path, "/")
 	name, err = pg.ParseWALName(base)
-	if err != nil || name.Timeline.Hex() != dir {
+	if !ok || err != nil || name.Timeline.Hex() != dir {
 		return cluster, pg.WALName{}, corrupt(key, "no WAL file has this name")
 	}
 	return cluster, name, nil

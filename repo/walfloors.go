@@ -69,7 +69,7 @@ func (s *listedSession) superseded(by []*listedSession) bool {
 func (r *Repository) putFloors(ctx context.Context, there []*listedSession, floors walFloors) error {
 	all := walFloors{}
 	for _, s := range there {
-		all.raise(s.info.floors().sorted()...)
+		all.raise(s.info.Floors...)
 		if s.info.floors().cover(floors) {
 			return nil
 		}

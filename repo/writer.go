@@ -460,12 +460,17 @@ type liveBytes struct {
 func (l *liveBytes) add(refs ...Ref) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	for _, r := range refs {
+		l.plus(r.Pack, uint64(r.Length))
+	}
+}
+
+// plus counts bytes of a pack. Caller holds mu.
+func (l *liveBytes) plus(id PackID, bytes uint64) {
 	if l.count == nil {
 		l.count = map[PackID]uint64{}
 	}
-	for _, r := range refs {
-		l.count[r.Pack] += uint64(r.Length)
-	}
+	l.count[id] += bytes
 }
 
 func (l *liveBytes) packs() map[PackID]uint64 {

@@ -4,6 +4,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -228,8 +229,13 @@ func timeless(files map[string]fileState) map[string]fileState {
 }
 
 func (s *thawSource) testDiscard(t *testing.T) {
+	announced := filepath.Join(s.repo, "sessions")
+	before := filesBelow(t, announced)
 	data, r := s.copy(t, invocation{}, "thaw", "--start", "--hydrate", "off")
 	c := r.server(t, s.installation, data)
+	if during := filesBelow(t, announced); slices.Equal(during, before) {
+		t.Error("the overlay announces nothing to the repository")
+	}
 	refused := pgthaw(t, "overlay", "discard", data).exits(t, 1, 17, 19)
 	if !strings.Contains(refused.stderr, "PID") {
 		t.Errorf("overlay discard does not say that a server runs:\n%s", refused.stderr)
@@ -241,6 +247,9 @@ func (s *thawSource) testDiscard(t *testing.T) {
 	pgthaw(t, "overlay", "discard", data).ok(t)
 	for _, name := range []string{"data", "fast", "slow"} {
 		absent(t, filepath.Join(filepath.Dir(data), name))
+	}
+	if after := filesBelow(t, announced); !slices.Equal(after, before) {
+		t.Errorf("the repository still keeps the backup for the overlay: %s, before it %s", after, before)
 	}
 	pgthaw(t, "overlay", "discard", data).exits(t, 1, 17)
 	pgthaw(t, "overlay", "status", data).exits(t, 1, 17)

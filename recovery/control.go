@@ -26,7 +26,7 @@ const (
 	commandStatus  = "status"
 	commandHydrate = "hydrate" // do not hold back any longer
 	commandFinish  = "finish"  // hydrate without a limit; it also ends "off"
-	commandStop    = "stop"    // take the mounts off and exit
+	commandStop    = "stop"    // take the mounts off for good and exit: the directory is discarded
 	commandWAL     = "wal"     // a file of WAL, whose bytes follow the answer
 )
 

@@ -49,7 +49,7 @@ type daemon struct {
 	endEra   context.CancelFunc // of the hydration under way in this mode; may be nil
 	sealed   bool
 	finish   bool // somebody asked for an ordinary directory
-	stopping bool // told to stop: the directory is not cleaned, for it may be about to be discarded
+	stopping bool // told to stop: the directory is about to be discarded, so it is not cleaned
 	lastErr  error
 	errAt    time.Time
 }
@@ -166,9 +166,9 @@ func (d *daemon) manifest(ctx context.Context) (*repo.Manifest, error) {
 // endSession tells the repository that the backup is not needed any more, unless the overlay is to be taken up again.
 func (d *daemon) endSession(ctx context.Context, s *repo.Session) {
 	d.mu.Lock()
-	whole := d.sealed
+	needed := !d.sealed && !d.stopping
 	d.mu.Unlock()
-	if !whole {
+	if needed {
 		s.Leave()
 		return
 	}

@@ -17,12 +17,15 @@ const hydrateLimit = 2 * time.Minute
 
 // thawed is what these tests read of overlay status --json.
 type thawed struct {
-	State               string `json:"state"`
-	Mounted             bool   `json:"mounted"`
-	BytesTotal          int64  `json:"bytes_total"`
-	BytesHydrated       int64  `json:"bytes_hydrated"`
-	RepositoryBytesRead int64  `json:"repository_bytes_read"`
-	PID                 int    `json:"pid"`
+	State      string `json:"state"`
+	Mounted    bool   `json:"mounted"`
+	BytesTotal int64  `json:"bytes_total"`
+	Waiting    *struct {
+		For string `json:"for"`
+	} `json:"waiting"`
+	BytesHydrated       int64 `json:"bytes_hydrated"`
+	RepositoryBytesRead int64 `json:"repository_bytes_read"`
+	PID                 int   `json:"pid"`
 }
 
 // overlayStatus asks as whoever thawed.

@@ -29,6 +29,8 @@ const (
 	stopPatience = 2 * time.Second
 	// leaveEvery is the time between attempts to take more of a directory out of its mount.
 	leaveEvery = time.Second
+	// endingSession is how long a daemon tries to tell the repository that it needs nothing of it any more.
+	endingSession = 10 * time.Second
 	// farewell is how long a daemon that was told to end waits for those who use its mount.
 	farewell = 90 * time.Second
 )
@@ -172,6 +174,8 @@ func (d *daemon) endSession(ctx context.Context, s *repo.Session) {
 		s.Leave()
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, endingSession)
+	defer cancel()
 	if err := s.End(ctx); err != nil {
 		d.log.Warn("what prune is not to delete is still announced", "error", err)
 	}
@@ -509,6 +513,9 @@ func (d *daemon) status(ctx context.Context) OverlayStatus {
 	}
 	if lastErr != nil {
 		s.LastError, s.LastErrorAt = lastErr.Error(), &at
+	}
+	if w, long := d.repo.Waiting(); long {
+		s.Waiting = &Waiting{w.Since, w.String()}
 	}
 	for _, m := range d.overlays {
 		if m.on() {

@@ -288,8 +288,16 @@ type OverlayStatus struct {
 
 	LastErrorAt *time.Time `json:"last_error_at,omitempty"`
 
+	Waiting *Waiting `json:"waiting,omitempty"` // nil: the repository answers
+
 	Native []string `json:"native,omitempty"` // directories that are reached without the mount
 	Held   []Held   `json:"held,omitempty"`
+}
+
+// Waiting is a read of the repository that is not answered.
+type Waiting struct {
+	Since time.Time `json:"since"`
+	For   string    `json:"for"` // the object, and what came instead of it
 }
 
 // Held is a directory that is whole, and is still reached through the mount.

@@ -21,6 +21,8 @@ type Options struct {
 	CacheBytes int64        // decoded chunks kept; 0: 64 MiB
 	Keys       []Key        // of which one opens an encrypted repository; any is refused by one that is not encrypted
 
+	Patience time.Duration // how long readers wait for a store that does not answer; 0: they get what it gives at once
+
 	Memory Memory // of this host; nil: that the repository is rolled back, or replaced, goes unnoticed
 
 	// FindKeys is asked where Keys is empty: by Open if the repository is encrypted, by Init before anything is put. May be nil.
@@ -51,6 +53,7 @@ type Repository struct {
 	seals   seals
 	codec   *codec
 
+	patient  *store.Patient // the store, as readers wait for it; nil: they do not
 	witness  *witness       // the store, as far as this host remembers it; nil: it does not
 	replaced *RollbackError // this host has seen another repository at the URL
 
@@ -101,6 +104,10 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 	}
 	if o.CacheBytes == 0 {
 		o.CacheBytes = defaultCacheBytes
+	}
+	if o.Patience > 0 {
+		r.patient = store.NewPatient(s, o.Patience, r.log)
+		r.store = r.patient
 	}
 	r.emptyCaches(o.CacheBytes)
 	r.remember(o.Memory)
@@ -182,6 +189,14 @@ func (r *Repository) Close() error {
 		return c.Close()
 	}
 	return nil
+}
+
+// Waiting tells what a reader has waited for in vain for a while.
+func (r *Repository) Waiting() (w store.Wait, long bool) {
+	if r.patient == nil {
+		return w, false
+	}
+	return r.patient.Waiting()
 }
 
 // get reads from the store and counts. Lengths come from verified objects: one that ends too early is damaged.

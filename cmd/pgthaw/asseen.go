@@ -21,7 +21,7 @@ func openOptions(c *cli.Context) repo.Options {
 	case "push", "fetch": // many a minute, into the server's log
 		log = logger(c).Info
 	}
-	return repo.Options{Log: logger(c), Memory: newMemory(log)}
+	return repo.Options{Log: logger(c), Memory: newMemory(log), Patience: c.Duration(readTimeout)}
 }
 
 // openRepository opens the repository that --repo names, and asks a person for a passphrase as openToLook does.

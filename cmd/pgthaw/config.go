@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"time"
 
 	"github.com/urfave/cli/v2"
 	"go.yaml.in/yaml/v3"
@@ -104,6 +105,10 @@ func setDefault(c *cli.Context, f cli.Flag, value string) (err error) {
 	case *cli.IntFlag:
 		if f.Value, err = strconv.Atoi(value); err != nil {
 			err = errors.New("must be a whole number")
+		}
+	case *cli.DurationFlag:
+		if f.Value, err = time.ParseDuration(value); err != nil {
+			err = errors.New("must be a time such as 90s or 5m")
 		}
 	case *cli.BoolFlag:
 		if f.Value, err = strconv.ParseBool(value); err != nil {

@@ -34,6 +34,16 @@ func toggle(name, usage string) *cli.BoolFlag {
 	return &cli.BoolFlag{Name: name, Usage: usage, DisableDefaultText: true}
 }
 
+// readTimeout is the flag of what serves a mount.
+const readTimeout = "read-timeout"
+
+func readTimeoutFlag() cli.Flag {
+	return &cli.DurationFlag{
+		Name: readTimeout, EnvVars: []string{variable(readTimeout)}, Value: time.Minute, DefaultText: "1m",
+		Usage: "let who reads through the mount wait this `LONG` for a repository that does not answer, before the read fails (EIO)",
+	}
+}
+
 // variable is the environment variable of a flag: pg-connection has PGTHAW_PG_CONNECTION.
 func variable(flag string) string {
 	return "PGTHAW_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))

@@ -29,7 +29,7 @@ var testArrows = []string{"repo/store", "repo/pg"}
 
 // outsiders are libraries that one room keeps to itself, and who else's tests may import them: a disk that loses power is
 // a FUSE file system.
-var outsiders = map[string][]string{"github.com/hanwen/go-fuse/": {"fusefs", "fusefs (test)", "repo (test)"}}
+var outsiders = map[string][]string{"github.com/hanwen/go-fuse/": {"fusefs", "fusefs (test)", "repo (test)", "integration (test)"}}
 
 func TestImportsFollowTheArrows(t *testing.T) {
 	for _, p := range ourPackages(t) {

@@ -26,6 +26,7 @@ func mountCommand() *cli.Command {
 			toggle("foreground", "do not go to the background; end on SIGINT or SIGTERM"),
 			setting("as-user", "show everything as owned by `USER` (default: the owners of the original, or who mounts it if that is not root)"),
 			switchSetting("allow-other", "let other users look, by the files' owners and modes (others than root: user_allow_other in /etc/fuse.conf)"),
+			readTimeoutFlag(),
 			setting("log-file", "in the background, log to `FILE` (default: nowhere)"),
 			readyFlag(),
 		},
@@ -114,7 +115,7 @@ func spawnMount(c *cli.Context, repoURL, dir string) error {
 	if err != nil {
 		return err
 	}
-	args = append(args, "--repo", repoURL, "mount", "--foreground", "--as-user", c.String("as-user"))
+	args = append(args, "--repo", repoURL, "mount", "--"+readTimeout, c.String(readTimeout), "--foreground", "--as-user", c.String("as-user"))
 	if c.Bool("allow-other") {
 		args = append(args, "--allow-other")
 	}

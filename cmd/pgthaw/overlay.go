@@ -46,6 +46,7 @@ func overlayResumeCommand() *cli.Command {
 	return &cli.Command{
 		Name: "resume", Usage: "take up a thawed directory after a crash or a reboot", ArgsUsage: "DIR",
 		Description: "Unless a key is given, the key files that thaw used are used again.",
+		Flags:       []cli.Flag{readTimeoutFlag()},
 		Action:      overlayResume,
 	}
 }
@@ -111,7 +112,7 @@ func overlayDiscard(c *cli.Context) error {
 
 // overlayServeCommand is the daemon behind a thawed directory. thaw and resume start it.
 func overlayServeCommand() *cli.Command {
-	return &cli.Command{Name: "serve", Hidden: true, ArgsUsage: "DIR", Flags: []cli.Flag{readyFlag()}, Action: overlayServe}
+	return &cli.Command{Name: "serve", Hidden: true, ArgsUsage: "DIR", Flags: []cli.Flag{readyFlag(), readTimeoutFlag()}, Action: overlayServe}
 }
 
 func overlayServe(c *cli.Context) error {
@@ -143,6 +144,9 @@ func printStatus(w io.Writer, s recovery.OverlayStatus) error {
 	}
 	for _, h := range s.Held {
 		t.row("Still mounted", below(s.Target, []string{h.Dir})[0]+": "+heldBy(h.Processes))
+	}
+	if w := s.Waiting; w != nil {
+		t.row("Waiting", fmt.Sprintf("for the repository, since %s: %s", clock(w.Since), w.For))
 	}
 	switch {
 	case s.LastErrorAt != nil:

@@ -110,7 +110,11 @@ func spawnOverlay(c *cli.Context) func(ctx context.Context, dir string) error {
 		if err != nil {
 			return err
 		}
-		return spawn(ctx, log, append(args, "overlay", "serve", dir)...)
+		args = append(args, "overlay", "serve")
+		if limit := c.String(readTimeout); limit != "" {
+			args = append(args, "--"+readTimeout, limit)
+		}
+		return spawn(ctx, log, append(args, dir)...)
 	}
 }
 

@@ -17,6 +17,7 @@ func thawCommand() *cli.Command {
 			"BACKUP is an id from \"pgthaw list\", or latest: with a recovery target, the newest backup from which it can be reached.\n" +
 			"Without a target, all WAL in the repository is recovered. What cannot be reached is refused before anything is written.",
 		Flags: append(recoveryFlags(),
+			readTimeoutFlag(),
 			setting("hydrate", "copy the rest in the background: auto, off, or a `RATE` such as 50MB (per second)"),
 			toggle("no-boot-image", "recover from the backup itself also where it has a boot image")),
 		Action: thaw,

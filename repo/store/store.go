@@ -103,8 +103,11 @@ func openPath(path string) (Store, string, error) {
 // Owner is the user of this machine who owns, or will own, what this process puts into s: on most media that is the user of the
 // process; a directory gives what root puts into it to its own owner.
 func Owner(s Store) (uid int, err error) {
-	if f, ok := s.(*File); ok {
-		return f.owner()
+	switch s := s.(type) {
+	case *File:
+		return s.owner()
+	case *Patient:
+		return Owner(s.Store)
 	}
 	return os.Geteuid(), nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -43,6 +44,7 @@ func TestStores(t *testing.T) {
 		open func(t *testing.T) Store
 	}{
 		{"mem", func(t *testing.T) Store { return NewMem() }},
+		{"patient", func(t *testing.T) Store { return NewPatient(NewMem(), time.Minute, slog.New(slog.DiscardHandler)) }},
 		{"file", func(t *testing.T) Store { return newFile(t, filepath.Join(t.TempDir(), "absent", "root")) }},
 	}
 	for _, m := range media {

@@ -47,6 +47,7 @@ func discard(t *testing.T, data string) {
 		}
 	}
 	waitFor(t, stopLimit, "end of the mounts of "+data, func() bool { return len(mountsBelow(filepath.Dir(data))) == 0 })
+	awaitNoDaemon(t, data)
 }
 
 // server describes the server that a restore or a thaw started. Its postmaster.pid may lie in a mount of user postgres,
@@ -56,6 +57,19 @@ func (r copied) server(t *testing.T, p installation, data string) *cluster {
 	c := attach(t, p, data, 0)
 	c.port, c.lastPID = r.Port, r.PID
 	return c
+}
+
+// awaitNoDaemon waits for the end of the one that serves a thawed directory: it ends after its mounts.
+func awaitNoDaemon(t *testing.T, data string) {
+	t.Helper()
+	waitFor(t, stopLimit, "end of the daemon of "+data, func() bool {
+		for _, line := range processesNaming("\x00" + data + "\x00") {
+			if strings.Contains(line, " overlay serve ") {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 // newTarget is a path for a data directory that its user may make.

@@ -141,7 +141,7 @@ func (s *thawSource) finish(t *testing.T, v invocation, data string) {
 		v.run(t, "overlay", "resume", data).exits(t, 0, 17)
 		v.run(t, "overlay", "discard", data).exits(t, 17)
 	}
-	waitFor(t, stopLimit, "end of the daemon", func() bool { return len(processesNaming("serve\x00"+data)) == 0 })
+	awaitNoDaemon(t, data)
 }
 
 // checkOrdinary: nothing of pgthaw is left, the server runs natively and has what was written on the mount.

@@ -98,6 +98,7 @@ func (a archived) checkUnchanged(t *testing.T, before map[string]int64) {
 	a.pgthaw(t, "repo", "check", "--read-data").ok(t)
 	whole := len(a.backups(t))
 	a.backup(t)
+	a.waitArchived() // what is not pushed yet is a gap between backups
 	a.pgthaw(t, "repo", "check").ok(t)
 	if n := len(a.backups(t)); n != whole+1 {
 		t.Errorf("%d backups are listed after the next one, want %d", n, whole+1)

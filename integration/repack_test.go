@@ -37,6 +37,7 @@ func TestRepack(t *testing.T) {
 		}
 		a.pgthaw(t, "backup", "main", "--pg-connection", a.dsn("postgres")).ok(t)
 	}
+	a.waitArchived() // what is not pushed yet is a gap between backups
 	backups := a.backups(t)
 	backups = backups[len(backups)-2:]
 	was := map[string]map[string]fileState{}
@@ -81,6 +82,7 @@ func TestRepack(t *testing.T) {
 	}
 	a.SQL("UPDATE t3 SET note = note WHERE g = 1")
 	a.pgthaw(t, "backup", "main", "--pg-connection", a.dsn("postgres")).ok(t)
+	a.waitArchived()
 	a.pgthaw(t, "repo", "check", "--read-data").ok(t)
 }
 

@@ -209,7 +209,7 @@ func TestFillKeepsTime(t *testing.T) {
 func TestRandomFile(t *testing.T) {
 	rng := rand.New(rand.NewPCG(seed(t), 1))
 	for range rounds(150) {
-		lower := random(rng, 1+rng.IntN(80_000))
+		lower := random(rng, 1+rng.IntN(80_000)+rng.IntN(4)/3*600_000)
 		c := &checkedFile{t: t, rng: rng, lower: lower, want: lower}
 		c.f, c.fd = layFile(t, lower)
 		for range 60 {
@@ -305,7 +305,7 @@ func (c *checkedFile) hydrate() error {
 	if c.rng.IntN(4) > 0 {
 		return nil
 	}
-	if _, err := c.f.fill(c.fd, span{0, 1 << 20}, make([]byte, 1<<20)); err != nil {
+	if err := fillAll(c.f, c.fd, openDirect(c.t, c.f), 1<<20, 512<<10); err != nil {
 		return err
 	}
 	return c.f.detach(c.fd)
@@ -397,7 +397,7 @@ func TestBranchSearch(t *testing.T) {
 
 // TestRacingFile lets writers of their own pages, a truncation, readers and the hydrator meet in one file.
 func TestRacingFile(t *testing.T) {
-	const page, pages, writers = 8192, 64, 4
+	const page, pages, writers = 8192, 192, 4
 	base := seed(t)
 	for round := range uint64(rounds(20)) {
 		rng := rand.New(rand.NewPCG(base, round))
@@ -415,6 +415,12 @@ func TestRacingFile(t *testing.T) {
 				t.Error(err)
 			}
 			if err := f.truncate(fd, pages*page); err != nil {
+				t.Error(err)
+			}
+		})
+		direct := openDirect(t, f)
+		wg.Go(func() {
+			if err := fillAll(f, fd, direct, pages*page, 512<<10); err != nil {
 				t.Error(err)
 			}
 		})

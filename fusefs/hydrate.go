@@ -367,6 +367,9 @@ func eachFileAt(ctx context.Context, dirfd int, name string, fn func(int, string
 	return err
 }
 
+// Hydrated is how many bytes Hydrate has brought since the mount was made.
+func (v *Overlay) Hydrated() int64 { return v.hydrated.Load() }
+
 // Status is how far the bare directory is from being whole.
 type Status struct {
 	BytesTotal    int64 // of all regular files

@@ -70,7 +70,7 @@ func TestBesideWaits(t *testing.T) {
 	if filled, err := f.checkFilled(fd); filled || err != nil {
 		t.Errorf("filled: %v, %v", filled, err)
 	}
-	if err := f.detach(fd); err == nil {
+	if err := f.detach(); err == nil {
 		t.Error("the attribute goes while the file is being filled")
 	}
 	var st unix.Stat_t

@@ -460,7 +460,7 @@ func (f *file) tryTruncate(fd int, size int64) (tail int64, err error) {
 		return tail, err
 	}
 	if size < f.limit {
-		if err := f.setLimit(fd, size); err != nil {
+		if err := f.setLimit(size); err != nil {
 			return -1, err
 		}
 	}
@@ -471,8 +471,8 @@ func (f *file) tryTruncate(fd int, size int64) (tail int64, err error) {
 }
 
 // setLimit lowers the limit, on disk and here. Caller holds content exclusively.
-func (f *file) setLimit(fd int, limit int64) error {
-	if err := (placeholder{limit, f.path}).write(fd); err != nil {
+func (f *file) setLimit(limit int64) error {
+	if err := (placeholder{limit, f.path}).write(f.name()); err != nil {
 		return err
 	}
 	f.unsynced.Store(true)
@@ -534,19 +534,15 @@ func (f *file) holeBelow(fd int) (bool, error) {
 	return holeBelow(fd, f.limit)
 }
 
-// detach takes the attribute away, if no hole is left below the limit. What fills the holes is on disk already.
-func (f *file) detach(fd int) error {
+// detach takes the attribute away. The file is known to be filled, and what filled it is on disk.
+func (f *file) detach() error {
 	f.content.Lock()
 	defer f.content.Unlock()
-	hole, err := f.holeBelow(fd)
-	if err != nil {
-		return err
-	}
-	if hole {
+	if !f.filled.Load() {
 		return errors.New("a hole is left in a hydrated file")
 	}
 	if f.limit == 0 {
 		return nil
 	}
-	return f.setLimit(fd, 0)
+	return f.setLimit(0)
 }

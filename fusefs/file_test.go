@@ -58,7 +58,7 @@ func layFile(t *testing.T, lower []byte) (f *file, fd int) {
 	if err := unix.Ftruncate(fd, int64(len(lower))); err != nil {
 		t.Fatal(err)
 	}
-	if err := (placeholder{int64(len(lower)), "lower"}).write(fd); err != nil {
+	if err := (placeholder{int64(len(lower)), "lower"}).write(name); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(name) }) // many are made, and the file system of a test may be small
@@ -192,7 +192,10 @@ func TestFillKeepsTime(t *testing.T) {
 	if n, err := f.fill(fd, span{0, 1 << 20}, make([]byte, 1<<20)); err != nil || n != int64(len(lower)) {
 		t.Fatalf("filled %d bytes, %v", n, err)
 	}
-	if err := f.detach(fd); err != nil {
+	if _, err := f.checkFilled(fd); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.detach(); err != nil {
 		t.Fatal(err)
 	}
 	var st unix.Stat_t
@@ -308,7 +311,10 @@ func (c *checkedFile) hydrate() error {
 	if err := fillAll(c.f, c.fd, openDirect(c.t, c.f), 1<<20, 512<<10); err != nil {
 		return err
 	}
-	return c.f.detach(c.fd)
+	if _, err := c.f.checkFilled(c.fd); err != nil {
+		return err
+	}
+	return c.f.detach()
 }
 
 // A kernel that refuses passthrough after it allowed it must not believe its page cache of what was written meanwhile.

@@ -207,6 +207,13 @@ func (h *hydrator) done(f *filling, parts int32) (err error) {
 
 // whole brings a file to disk that is filled, or leaves that for later.
 func (h *hydrator) whole(f *filling) (later bool, err error) {
+	filled, err := f.n.file.checkFilled(f.fd)
+	if err == nil && !filled {
+		err = errors.New("a hole is left in a hydrated file")
+	}
+	if err != nil {
+		return false, err
+	}
 	p, err := f.n.file.placeholder()
 	if err != nil {
 		return false, err
@@ -215,7 +222,7 @@ func (h *hydrator) whole(f *filling) (later bool, err error) {
 		if err := unix.Fdatasync(f.fd); err != nil {
 			return false, fmt.Errorf("fdatasync: %w", err)
 		}
-		return false, f.n.file.detach(f.fd)
+		return false, f.n.file.detach()
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -283,20 +290,11 @@ func (h *hydrator) settle(filled []*node) error {
 	}
 	for _, n := range filled {
 		if err == nil {
-			err = h.detach(n)
+			err = n.file.detach()
 		}
 		h.v.nodes.drop(n, 1)
 	}
 	return err
-}
-
-func (h *hydrator) detach(n *node) error {
-	fd, err := n.file.open.acquire(n.path())
-	if err != nil {
-		return err
-	}
-	defer n.file.open.release()
-	return n.file.detach(fd)
 }
 
 // eachPlaceholder calls fn for the node of each file of a branch that has the attribute, with a reference that fn takes, and

@@ -11,6 +11,9 @@ import (
 // attributes answers with st. A file with a lower says that all of its blocks are there: GNU tar and others take a file
 // of few blocks for mostly zeros.
 func (n *node) attributes(st *unix.Stat_t, out *fuse.Attr) {
+	if n.file != nil {
+		n.file.correctTime(n.fd, st)
+	}
 	*out = fuse.Attr{
 		Ino: st.Ino, Size: uint64(st.Size), Blocks: uint64(st.Blocks), Blksize: uint32(st.Blksize),
 		Mode: st.Mode, Nlink: uint32(st.Nlink), Rdev: uint32(st.Rdev),
@@ -118,7 +121,15 @@ func (n *node) setTimes(in *fuse.SetAttrIn) error {
 		timeAsked(in, fuse.FATTR_ATIME, fuse.FATTR_ATIME_NOW, in.Atime, in.Atimensec),
 		timeAsked(in, fuse.FATTR_MTIME, fuse.FATTR_MTIME_NOW, in.Mtime, in.Mtimensec),
 	}
-	if err := unix.UtimesNanoAt(n.fd, "", ts, unix.AT_EMPTY_PATH); err != nil {
+	if n.file != nil {
+		return n.file.setTimes(n.fd, ts)
+	}
+	return setTimesOf(n.fd, ts)
+}
+
+// setTimesOf sets access and modification time of what a descriptor, an O_PATH one among them, is open for.
+func setTimesOf(fd int, ts []unix.Timespec) error {
+	if err := unix.UtimesNanoAt(fd, "", ts, unix.AT_EMPTY_PATH); err != nil {
 		return fmt.Errorf("utimensat: %w", err)
 	}
 	return nil

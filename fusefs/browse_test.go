@@ -140,7 +140,7 @@ func sampleTree(rng *rand.Rand) lowerTree {
 	return tree
 }
 
-func newRepository(t *testing.T) (*repo.Repository, string) {
+func newRepository(t testing.TB) (*repo.Repository, string) {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "repository")
 	r, err := repo.Init(t.Context(), dir, repo.Options{})
@@ -152,14 +152,14 @@ func newRepository(t *testing.T) (*repo.Repository, string) {
 	return r, dir
 }
 
-func bindCluster(t *testing.T, r *repo.Repository, name string) {
+func bindCluster(t testing.TB, r *repo.Repository, name string) {
 	t.Helper()
 	if _, err := r.BindCluster(t.Context(), name, browseSystemID, browseSegment); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func backUp(t *testing.T, r *repo.Repository, tree lowerTree) *repo.Manifest {
+func backUp(t testing.TB, r *repo.Repository, tree lowerTree) *repo.Manifest {
 	t.Helper()
 	m, err := r.WriteBackup(t.Context(), "main", repo.BackupOptions{}, func(_ context.Context, w *repo.BackupWriter) (repo.Manifest, error) {
 		return repo.Manifest{SystemIdentifier: browseSystemID, PGVersion: "15.18", PGVersionNum: 150018, PageSize: 8192, SegmentSize: browseSegment,

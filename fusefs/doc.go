@@ -14,7 +14,7 @@
 //
 //   - Overlay: the mount; names.go, attr.go, dir.go and io.go answer the kernel's requests, on go-fuse's RawFileSystem.
 //   - node: an inode that the kernel knows, pinned by an O_PATH descriptor; hard links share one.
-//   - file: a regular file's content; all that decides which byte comes from where is in file.go and holes.go.
+//   - file: a regular file's content; all that decides which byte comes from where is in file.go, beside.go and holes.go.
 //   - handles: who has it open, and whether the kernel serves it by itself (passthrough).
 //   - branch: a part of the tree that leaves the mount as one when it is whole; leave.go takes it out.
 //
@@ -26,6 +26,8 @@
 //     did not write is made holes again before anybody looks. A fill writes only into what it finds, under the lock, to be
 //     a hole still. fallocate(2) below the limit is refused, for ext4 may write zeros around
 //     what is written into an unwritten extent.
+//   - What the hydrator is writing around the page cache counts as a hole until all of it is written: who reads it reads the lower, who
+//     changes it waits. What fails is made holes again. See beside.go.
 //   - Blocks given and not written (fiemap: unwritten) are no dependable holes. A power cut leaves some; they are made holes when
 //     a placeholder is first used.
 //   - A block is never data in part: what a write leaves of a block gets the lower's bytes first. An aligned write reads
@@ -40,8 +42,8 @@
 //     without the mount. Nothing with holes comes into a branch from another.
 //   - What the repository cannot give, or what it gives and cannot be verified, is EIO, and nothing else.
 //
-// Locks, in the order in which they are taken: Overlay.mount, Overlay.life; handles.mu, file.content; file.lowerMu with neither
-// held. branch.mu, branches.mu, nodes.mu, dirHandles.mu, traffic.mu, hydrator.mu, rate.mu and faults.mu are leaves. mount is never taken by what answers
+// Locks, in the order in which they are taken: Overlay.mount, Overlay.life; file.beside.writing, which is held while the disk writes; handles.mu, file.content; file.lowerMu with none of
+// these held. branch.mu, branches.mu, nodes.mu, dirHandles.mu, traffic.mu, hydrator.mu, rate.mu and faults.mu are leaves. mount is never taken by what answers
 // the kernel: whoever holds it waits for the kernel, which may be waiting for an answer. dirHandle.mu is taken before nodes.mu. Only
 // lowerMu is held while the repository is read, by those who want the same lower file.
 //

@@ -41,7 +41,7 @@ type file struct {
 	cleanErr error
 
 	// content is held shared by what reads or writes the backing file, exclusively by what fills holes or moves the limit.
-	// Nothing holds it while the repository is read.
+	// Nothing holds it while the repository is read, nor while the hydrator writes to the disk: see fillDirect.
 	content  sync.RWMutex
 	limit    int64 // guarded by content; 0: no lower
 	path     string
@@ -49,6 +49,7 @@ type file struct {
 	filled   atomic.Bool // no hole is left below the limit; never false again
 	careful  atomic.Bool // a write into a hole has failed: more may
 	spoilt   atomic.Bool // a failed write left zeros in holes that could not be made holes again
+	beside   beside      // what is filled without content being held
 
 	// lowerMu is held while the lower file is opened, which reads the repository: who waits wants the same file.
 	lowerMu sync.Mutex
@@ -113,7 +114,7 @@ func (f *file) readAt(fd int, p []byte, off int64, fill bool) (int, error) {
 			return 0, err
 		}
 	}
-	if fill {
+	if fill && !f.beside.busy.Load() { // else it would wait with the hydrator for the disk
 		// What was read is right without it: a full disk must not fail a read.
 		_ = f.fillFrom(fd, holes, p, off)
 	}
@@ -130,7 +131,7 @@ func (f *file) readUpper(fd int, p []byte, off int64, holes []span) (int, []span
 	}
 	end := min(off+int64(len(p)), st.Size)
 	for pos := off; pos < end; {
-		hole, to, err := runAt(fd, pos, end)
+		hole, to, err := f.runAt(fd, pos, end)
 		if err != nil {
 			return 0, nil, err
 		}
@@ -248,18 +249,21 @@ func (f *file) tryOnBlocks(fd int, off, end int64, change func(holes []span) err
 }
 
 // lockForChange takes content, exclusively if there are holes in [off, end) below the limit: nobody may see what a write
-// that fails makes of them.
+// that fails makes of them. It waits for what is being filled there.
 func (f *file) lockForChange(fd int, off, end int64) (unlock func(), err error) {
 	f.content.RLock()
+	f.beside.changed.Store(true)
 	if f.filled.Load() {
 		return f.content.RUnlock, nil
 	}
+	blocks := span{roundDown(off, f.block), roundUp(end, f.block)}
 	holes, err := appendHoles(nil, fd, off, min(end, f.limit))
-	if err != nil || len(holes) == 0 {
+	if err != nil || len(holes) == 0 && f.beside.over(blocks) == nil {
 		return f.content.RUnlock, err
 	}
 	f.content.RUnlock()
-	f.content.Lock()
+	f.lockBeside(blocks)
+	f.beside.changed.Store(true)
 	return f.content.Unlock, nil
 }
 
@@ -355,17 +359,23 @@ func (f *file) tail(fd int, end int64) (int64, error) {
 // limit or beyond. buf has room for s. It tells how many bytes it wrote.
 func (f *file) fill(fd int, s span, buf []byte) (int64, error) {
 	holes, err := f.holes(fd, s)
+	if err == nil {
+		err = f.readHoles(holes, buf, s.from)
+	}
 	if err != nil {
 		return 0, err
 	}
-	var n int64
+	return total(holes), f.fillFrom(fd, holes, buf, s.from)
+}
+
+// readHoles reads the lower's bytes of holes into p, which begins at base.
+func (f *file) readHoles(holes []span, p []byte, base int64) error {
 	for _, h := range holes {
-		if err := f.readLower(buf[h.from-s.from:h.to-s.from], h.from); err != nil {
-			return 0, err
+		if err := f.readLower(p[h.from-base:h.to-base], h.from); err != nil {
+			return err
 		}
-		n += h.to - h.from
 	}
-	return n, f.fillFrom(fd, holes, buf, s.from)
+	return nil
 }
 
 // holes returns the holes of s below the limit.
@@ -394,6 +404,9 @@ func (f *file) fillFrom(fd int, holes []span, p []byte, base int64) error {
 			return err
 		}
 		for _, s := range still {
+			if f.beside.over(s) != nil { // somebody else is at it
+				continue
+			}
 			wrote = true
 			if _, err := f.pwrite(fd, p[s.from-base:s.to-base], s.from, []span{s}); err != nil {
 				return errors.Join(err, setModified(fd, st.Mtim))
@@ -438,13 +451,16 @@ func (f *file) truncate(fd int, size int64) error {
 
 // tryTruncate gives the file a size unless there is a tail to be filled first, whose block it returns, else -1.
 func (f *file) tryTruncate(fd int, size int64) (tail int64, err error) {
+	f.beside.writing.Lock()
+	defer f.beside.writing.Unlock()
 	f.content.Lock()
 	defer f.content.Unlock()
+	f.beside.changed.Store(true)
 	if tail, err := f.tail(fd, size); err != nil || tail >= 0 {
 		return tail, err
 	}
 	if size < f.limit {
-		if err := f.setLimit(fd, size); err != nil {
+		if err := f.setLimit(size); err != nil {
 			return -1, err
 		}
 	}
@@ -455,8 +471,8 @@ func (f *file) tryTruncate(fd int, size int64) (tail int64, err error) {
 }
 
 // setLimit lowers the limit, on disk and here. Caller holds content exclusively.
-func (f *file) setLimit(fd int, limit int64) error {
-	if err := (placeholder{limit, f.path}).write(fd); err != nil {
+func (f *file) setLimit(limit int64) error {
+	if err := (placeholder{limit, f.path}).write(f.name()); err != nil {
 		return err
 	}
 	f.unsynced.Store(true)
@@ -503,26 +519,30 @@ func (f *file) checkFilled(fd int) (bool, error) {
 	}
 	f.content.RLock()
 	defer f.content.RUnlock()
-	hole, err := holeBelow(fd, f.limit)
+	hole, err := f.holeBelow(fd)
 	if err == nil && !hole {
 		f.filled.Store(true)
 	}
 	return !hole, err
 }
 
-// detach takes the attribute away, if no hole is left below the limit. What fills the holes is on disk already.
-func (f *file) detach(fd int) error {
+// holeBelow tells whether a hole is left below the limit. Caller holds content.
+func (f *file) holeBelow(fd int) (bool, error) {
+	if len(f.beside.fills) > 0 {
+		return true, nil
+	}
+	return holeBelow(fd, f.limit)
+}
+
+// detach takes the attribute away. The file is known to be filled, and what filled it is on disk.
+func (f *file) detach() error {
 	f.content.Lock()
 	defer f.content.Unlock()
-	hole, err := holeBelow(fd, f.limit)
-	if err != nil {
-		return err
-	}
-	if hole {
+	if !f.filled.Load() {
 		return errors.New("a hole is left in a hydrated file")
 	}
 	if f.limit == 0 {
 		return nil
 	}
-	return f.setLimit(fd, 0)
+	return f.setLimit(0)
 }

@@ -58,7 +58,7 @@ func layFile(t *testing.T, lower []byte) (f *file, fd int) {
 	if err := unix.Ftruncate(fd, int64(len(lower))); err != nil {
 		t.Fatal(err)
 	}
-	if err := (placeholder{int64(len(lower)), "lower"}).write(fd); err != nil {
+	if err := (placeholder{int64(len(lower)), "lower"}).write(name); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(name) }) // many are made, and the file system of a test may be small
@@ -192,7 +192,10 @@ func TestFillKeepsTime(t *testing.T) {
 	if n, err := f.fill(fd, span{0, 1 << 20}, make([]byte, 1<<20)); err != nil || n != int64(len(lower)) {
 		t.Fatalf("filled %d bytes, %v", n, err)
 	}
-	if err := f.detach(fd); err != nil {
+	if _, err := f.checkFilled(fd); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.detach(); err != nil {
 		t.Fatal(err)
 	}
 	var st unix.Stat_t
@@ -209,7 +212,7 @@ func TestFillKeepsTime(t *testing.T) {
 func TestRandomFile(t *testing.T) {
 	rng := rand.New(rand.NewPCG(seed(t), 1))
 	for range rounds(150) {
-		lower := random(rng, 1+rng.IntN(80_000))
+		lower := random(rng, 1+rng.IntN(80_000)+rng.IntN(4)/3*600_000)
 		c := &checkedFile{t: t, rng: rng, lower: lower, want: lower}
 		c.f, c.fd = layFile(t, lower)
 		for range 60 {
@@ -305,10 +308,13 @@ func (c *checkedFile) hydrate() error {
 	if c.rng.IntN(4) > 0 {
 		return nil
 	}
-	if _, err := c.f.fill(c.fd, span{0, 1 << 20}, make([]byte, 1<<20)); err != nil {
+	if err := fillAll(c.f, c.fd, openDirect(c.t, c.f), 1<<20, 512<<10); err != nil {
 		return err
 	}
-	return c.f.detach(c.fd)
+	if _, err := c.f.checkFilled(c.fd); err != nil {
+		return err
+	}
+	return c.f.detach()
 }
 
 // A kernel that refuses passthrough after it allowed it must not believe its page cache of what was written meanwhile.
@@ -397,7 +403,7 @@ func TestBranchSearch(t *testing.T) {
 
 // TestRacingFile lets writers of their own pages, a truncation, readers and the hydrator meet in one file.
 func TestRacingFile(t *testing.T) {
-	const page, pages, writers = 8192, 64, 4
+	const page, pages, writers = 8192, 192, 4
 	base := seed(t)
 	for round := range uint64(rounds(20)) {
 		rng := rand.New(rand.NewPCG(base, round))
@@ -415,6 +421,12 @@ func TestRacingFile(t *testing.T) {
 				t.Error(err)
 			}
 			if err := f.truncate(fd, pages*page); err != nil {
+				t.Error(err)
+			}
+		})
+		direct := openDirect(t, f)
+		wg.Go(func() {
+			if err := fillAll(f, fd, direct, pages*page, 512<<10); err != nil {
 				t.Error(err)
 			}
 		})

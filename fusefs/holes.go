@@ -11,6 +11,17 @@ import (
 // span is the bytes [from, to) of a file.
 type span struct{ from, to int64 }
 
+// overlaps tells whether two spans have a byte in common.
+func (s span) overlaps(o span) bool { return s.from < o.to && o.from < s.to }
+
+// total is how many bytes spans have.
+func total(spans []span) (n int64) {
+	for _, s := range spans {
+		n += s.to - s.from
+	}
+	return n
+}
+
 // runAt tells whether pos lies in a hole, and where the run of its kind ends, at most at end.
 //
 // lseek(2): SEEK_DATA gives ENXIO when there is only a hole up to the end of the file.

@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
-	"time"
+	"sync/atomic"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sync/errgroup"
@@ -15,11 +16,14 @@ import (
 )
 
 const (
-	hydrators = 2       // files in hand at once
-	pieceSize = 1 << 20 // read from the repository at once, bytes
-	syncAlone = 1 << 24 // a placeholder of so many bytes is synced by itself; smaller ones together
-	together  = 1024    // placeholders
+	partSize  = 64 << 20 // what one worker takes of a file, so that a relation segment of 1 GiB keeps all of them busy
+	pieceSize = 4 << 20  // read from the repository and written at once: neighbouring chunks come in one request
+	syncAlone = 1 << 24  // a placeholder of so many bytes is synced by itself; smaller ones together
+	together  = 1024     // placeholders
 )
+
+// hydrators are two more than there are processors, for some wait for the disk.
+func hydrators() int { return min(runtime.NumCPU(), 16) + 2 }
 
 // Hydrate fills all holes, at most bytesPerSecond of them a second (0: as fast as it goes). It returns nil when no file
 // has a placeholder's attribute any more and all is on disk: the bare directory is then whole. It gives way to readers
@@ -35,7 +39,7 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(v.ctx, cancel)()
-	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}}
+	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1)}
 	for {
 		whole, err := h.round(ctx)
 		if err != nil && v.ctx.Err() != nil {
@@ -56,8 +60,9 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 
 // hydrator is one run of Hydrate.
 type hydrator struct {
-	v    *Overlay
-	rate rate
+	v      *Overlay
+	rate   rate
+	narrow chan struct{} // holds one while a worker has its turn beside others
 
 	mu      sync.Mutex
 	filled  []*node // placeholders that wait for a common sync
@@ -80,97 +85,185 @@ func (h *hydrator) round(ctx context.Context) (whole bool, err error) {
 	return whole, errors.Join(append([]error{err}, h.damaged...)...)
 }
 
+// filling is a placeholder in hand. The worker that comes first opens it, the last one ends it.
+type filling struct {
+	n          *node // with a reference
+	opened     sync.Once
+	err        error // of open
+	fd, direct int   // direct: for direct I/O, -1 where that is of no use
+	left       atomic.Int32
+	failed     atomic.Bool // some of it could not be filled
+}
+
+// part is what a worker does at a time.
+type part struct {
+	of *filling
+	span
+}
+
 // pass goes through a branch once.
 func (h *hydrator) pass(ctx context.Context, b *branch) (found int, err error) {
-	files := make(chan *node)
+	parts := make(chan part)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		defer close(files)
-		return h.v.eachPlaceholder(ctx, b, func(n *node) error {
-			select {
-			case files <- n:
-				found++
-				return nil
-			case <-ctx.Done():
-				h.v.nodes.drop(n, 1)
-				return ctx.Err()
-			}
+		defer close(parts)
+		return h.v.eachPlaceholder(ctx, b, func(n *node, limit int64) error {
+			found++
+			return h.send(ctx, n, limit, parts)
 		})
 	})
-	for range hydrators {
-		g.Go(func() error { return h.work(ctx, files) })
+	for range hydrators() {
+		g.Go(func() error { return h.work(ctx, parts) })
 	}
 	err = g.Wait()
 	return found, errors.Join(err, h.settle(h.takeFilled(0)))
 }
 
-func (h *hydrator) work(ctx context.Context, files <-chan *node) error {
-	buf := make([]byte, pieceSize)
-	for n := range files {
-		err := h.file(ctx, n, buf)
-		if errors.Is(err, repo.ErrCorrupt) {
-			h.mu.Lock()
-			h.damaged = append(h.damaged, err)
-			h.mu.Unlock()
-			err = nil
+// send splits a placeholder into parts. Those that nobody takes any more are ended here.
+func (h *hydrator) send(ctx context.Context, n *node, limit int64, parts chan<- part) error {
+	count := (limit + partSize - 1) / partSize
+	f := &filling{n: n, fd: -1, direct: -1}
+	f.left.Store(int32(count))
+	for i := range count {
+		select {
+		case parts <- part{f, span{i * partSize, min((i+1)*partSize, limit)}}:
+		case <-ctx.Done():
+			f.failed.Store(true)
+			return errors.Join(ctx.Err(), h.done(f, int32(count-i)))
 		}
-		if err != nil {
+	}
+	return nil
+}
+
+func (h *hydrator) work(ctx context.Context, parts <-chan part) error {
+	// Whole memory pages, as direct I/O wants them.
+	buf, err := unix.Mmap(-1, 0, pieceSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return fmt.Errorf("get %d bytes of memory: %w", pieceSize, err)
+	}
+	defer unix.Munmap(buf)
+	for p := range parts {
+		if err := h.part(ctx, p, buf); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// file fills one file and sees to it that its attribute is taken away. It takes the reference to n.
-func (h *hydrator) file(ctx context.Context, n *node, buf []byte) error {
-	drop := true
-	defer func() {
-		if drop {
-			h.v.nodes.drop(n, 1)
-		}
-	}()
-	fd, err := n.file.open.acquire(n.path())
+func (h *hydrator) part(ctx context.Context, p part, buf []byte) error {
+	p.of.opened.Do(func() { p.of.err = p.of.open(p.to > directLeast) })
+	err := p.of.err
+	if err == nil {
+		err = h.fill(ctx, p, buf)
+	}
 	if err != nil {
+		p.of.failed.Store(true)
+	}
+	if errors.Is(err, repo.ErrCorrupt) {
+		h.mu.Lock()
+		h.damaged = append(h.damaged, err)
+		h.mu.Unlock()
+		err = nil
+	}
+	return errors.Join(err, h.done(p.of, 1))
+}
+
+// open opens the backing file, also for direct I/O if its file system has that.
+func (f *filling) open(large bool) (err error) {
+	if f.fd, err = f.n.file.open.acquire(f.n.path()); err != nil {
+		f.fd = -1
 		return err
 	}
-	defer n.file.open.release()
-	if err := h.fill(ctx, n.file, fd, buf); err != nil {
-		return err
-	}
-	p, err := n.file.placeholder()
-	if err != nil {
-		return err
-	}
-	if p.limit >= syncAlone {
-		if err := unix.Fdatasync(fd); err != nil {
-			return fmt.Errorf("fdatasync: %w", err)
+	if large {
+		f.direct, err = unix.Open(f.n.path(), unix.O_WRONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+		if err != nil {
+			f.direct = -1
 		}
-		return n.file.detach(fd)
 	}
-	drop = false
-	h.mu.Lock()
-	h.filled = append(h.filled, n)
-	h.mu.Unlock()
+	return nil
+}
+
+// done counts parts that are through with. When all are, it sees to it that the placeholder's attribute is taken away.
+func (h *hydrator) done(f *filling, parts int32) (err error) {
+	if f.left.Add(-parts) > 0 {
+		return nil
+	}
+	later := false
+	if !f.failed.Load() {
+		later, err = h.whole(f)
+	}
+	if f.direct >= 0 {
+		unix.Close(f.direct)
+	}
+	if f.fd >= 0 {
+		f.n.file.open.release()
+	}
+	if !later {
+		h.v.nodes.drop(f.n, 1)
+		return err
+	}
 	return h.settle(h.takeFilled(together))
 }
 
-func (h *hydrator) fill(ctx context.Context, f *file, fd int, buf []byte) error {
-	for at := int64(0); ; at += pieceSize {
-		p, err := f.placeholder()
-		if err != nil || at >= p.limit {
-			return err
+// whole brings a file to disk that is filled, or leaves that for later.
+func (h *hydrator) whole(f *filling) (later bool, err error) {
+	filled, err := f.n.file.checkFilled(f.fd)
+	if err == nil && !filled {
+		err = errors.New("a hole is left in a hydrated file")
+	}
+	if err != nil {
+		return false, err
+	}
+	p, err := f.n.file.placeholder()
+	if err != nil {
+		return false, err
+	}
+	if p.limit >= syncAlone {
+		if err := unix.Fdatasync(f.fd); err != nil {
+			return false, fmt.Errorf("fdatasync: %w", err)
 		}
-		if err := h.v.traffic.giveWay(ctx); err != nil {
-			return err
-		}
-		n, err := f.fill(fd, span{at, at + pieceSize}, buf)
+		return false, f.n.file.detach()
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.filled = append(h.filled, f.n)
+	return true, nil
+}
+
+// fill fills a part.
+func (h *hydrator) fill(ctx context.Context, p part, buf []byte) error {
+	for at := p.from; at < p.to; {
+		turn, err := h.turn(ctx)
 		if err != nil {
 			return err
 		}
-		if err := h.rate.wait(ctx, n); err != nil {
+		s := span{at, min(at+turn.size, p.to)}
+		if err := errors.Join(h.piece(ctx, &turn, p.of, s, buf), h.end(ctx, turn)); err != nil {
 			return err
 		}
+		at = s.to
 	}
+	return nil
+}
+
+// piece fills the holes of s.
+func (h *hydrator) piece(ctx context.Context, t *turn, f *filling, s span, buf []byte) error {
+	holes, err := f.n.file.holes(f.fd, s)
+	if err != nil || len(holes) == 0 {
+		return err
+	}
+	if err := h.rate.wait(ctx, total(holes)); err != nil {
+		return err
+	}
+	t.begin(h.v)
+	if err := f.n.file.readHoles(holes, buf, s.from); err != nil {
+		return err
+	}
+	h.v.hydrated.Add(total(holes))
+	if f.direct < 0 {
+		return f.n.file.fillFrom(f.fd, holes, buf, s.from)
+	}
+	return f.n.file.fillDirect(f.fd, f.direct, holes, buf, s.from)
 }
 
 // takeFilled takes the placeholders that wait for a sync, if there are so many.
@@ -197,24 +290,16 @@ func (h *hydrator) settle(filled []*node) error {
 	}
 	for _, n := range filled {
 		if err == nil {
-			err = h.detach(n)
+			err = n.file.detach()
 		}
 		h.v.nodes.drop(n, 1)
 	}
 	return err
 }
 
-func (h *hydrator) detach(n *node) error {
-	fd, err := n.file.open.acquire(n.path())
-	if err != nil {
-		return err
-	}
-	defer n.file.open.release()
-	return n.file.detach(fd)
-}
-
-// eachPlaceholder calls fn for the node of each file of a branch that has the attribute, with a reference that fn takes.
-func (v *Overlay) eachPlaceholder(ctx context.Context, b *branch, fn func(*node) error) error {
+// eachPlaceholder calls fn for the node of each file of a branch that has the attribute, with a reference that fn takes, and
+// with its limit.
+func (v *Overlay) eachPlaceholder(ctx context.Context, b *branch, fn func(n *node, limit int64) error) error {
 	return v.eachFileOf(ctx, b, func(dirfd int, name string, _ *unix.Stat_t) error {
 		p, err := readPlaceholder(procPath(dirfd) + "/" + name)
 		if errors.Is(err, unix.ENOENT) || err == nil && p.limit == 0 {
@@ -233,7 +318,7 @@ func (v *Overlay) eachPlaceholder(ctx context.Context, b *branch, fn func(*node)
 			v.nodes.drop(n, 1)
 			return nil
 		}
-		return fn(n)
+		return fn(n, p.limit)
 	})
 }
 
@@ -279,6 +364,9 @@ func eachFileAt(ctx context.Context, dirfd int, name string, fn func(int, string
 	}
 	return err
 }
+
+// Hydrated is how many bytes Hydrate has brought since the mount was made.
+func (v *Overlay) Hydrated() int64 { return v.hydrated.Load() }
 
 // Status is how far the bare directory is from being whole.
 type Status struct {
@@ -328,79 +416,4 @@ func (s *Status) add(st *unix.Stat_t, p placeholder) {
 	} else {
 		s.FilesWhole++
 	}
-}
-
-// rate bounds the bytes a second. The zero value has no bound.
-type rate struct {
-	bytesPerSecond int64
-
-	mu   sync.Mutex
-	next time.Time // when the bytes handed out so far have had their time
-}
-
-// wait accounts for n bytes and returns when they have had their time.
-func (r *rate) wait(ctx context.Context, n int64) error {
-	if r.bytesPerSecond <= 0 || n == 0 {
-		return ctx.Err()
-	}
-	r.mu.Lock()
-	if now := time.Now(); r.next.Before(now) {
-		r.next = now
-	}
-	r.next = r.next.Add(time.Duration(float64(n) / float64(r.bytesPerSecond) * float64(time.Second)))
-	pause := time.NewTimer(time.Until(r.next))
-	r.mu.Unlock()
-	defer pause.Stop()
-	select {
-	case <-pause.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// traffic counts the requests that wait for the repository, so that the hydrator can stand back.
-type traffic struct {
-	mu   sync.Mutex
-	busy int
-	idle chan struct{} // closed when busy falls to 0
-}
-
-// enter counts a request until the returned function is called.
-func (t *traffic) enter() (leave func()) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.busy++; t.busy == 1 {
-		t.idle = make(chan struct{})
-	}
-	return t.leave
-}
-
-func (t *traffic) leave() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.busy--; t.busy == 0 {
-		close(t.idle)
-	}
-}
-
-// patience is how long the hydrator stands back for readers before it takes its turn all the same.
-const patience = 100 * time.Millisecond
-
-// giveWay waits until no request waits for the repository, or patience has run out.
-func (t *traffic) giveWay(ctx context.Context) error {
-	t.mu.Lock()
-	idle, busy := t.idle, t.busy > 0
-	t.mu.Unlock()
-	if !busy {
-		return ctx.Err()
-	}
-	limit := time.NewTimer(patience)
-	defer limit.Stop()
-	select {
-	case <-idle:
-	case <-limit.C:
-	case <-ctx.Done():
-	}
-	return ctx.Err()
 }

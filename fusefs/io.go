@@ -100,6 +100,7 @@ func (v *Overlay) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 
 // Read answers a handle that is not passthrough.
 func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	defer v.traffic.enter()()
 	n := v.nodes.get(in.NodeId)
 	if n == nil || n.file == nil {
 		return nil, fuse.EBADF
@@ -113,6 +114,7 @@ func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Rea
 
 // Write answers a handle that is not passthrough.
 func (v *Overlay) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
+	defer v.traffic.enter()()
 	n := v.nodes.get(in.NodeId)
 	if n == nil || n.file == nil {
 		return 0, fuse.EBADF

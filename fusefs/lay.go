@@ -225,7 +225,7 @@ func (l *layer) placeholder(fd int, name string, e repo.Entry) error {
 		return err
 	}
 	l.lower.Add(e.Size)
-	return placeholder{limit: e.Size, path: name}.write(fd)
+	return placeholder{limit: e.Size, path: name}.write(procPath(fd))
 }
 
 // copyPiece is the unit in which zeros are recognized: most of the last WAL segment is.

@@ -66,6 +66,7 @@ type Overlay struct {
 	passthrough atomic.Bool // false once the kernel refused
 	openFiles   atomic.Int64
 	traffic     traffic
+	hydrated    atomic.Int64 // bytes that Hydrate brought, of all runs
 }
 
 // ErrUnmounted: the overlay's mount is gone.

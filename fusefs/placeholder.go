@@ -45,13 +45,13 @@ func readPlaceholder(name string) (placeholder, error) {
 	return parsePlaceholder(string(b[:n]))
 }
 
-// write makes p the attribute of the open file; a limit of 0 takes the attribute away.
-func (p placeholder) write(fd int) error {
+// write makes p the attribute of the file that name leads to; a limit of 0 takes the attribute away.
+func (p placeholder) write(name string) error {
 	var err error
 	if p.limit > 0 {
-		err = unix.Fsetxattr(fd, lowerAttr, []byte(p.String()), 0)
+		err = unix.Setxattr(name, lowerAttr, []byte(p.String()), 0)
 	} else {
-		err = unix.Fremovexattr(fd, lowerAttr)
+		err = unix.Removexattr(name, lowerAttr)
 	}
 	if err != nil {
 		return fmt.Errorf("set attribute %s to limit %d: %w", lowerAttr, p.limit, err)

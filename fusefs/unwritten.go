@@ -68,8 +68,15 @@ func unwritten(fd int, end int64) ([]span, error) {
 	return spans, nil
 }
 
-// discardUnwritten makes holes of the unwritten extents that begin below end.
+// discardUnwritten makes holes of the unwritten extents that begin below end. A file without blocks has none.
 func discardUnwritten(fd int, end int64) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fmt.Errorf("stat: %w", err)
+	}
+	if st.Blocks == 0 {
+		return nil
+	}
 	spans, err := unwritten(fd, end)
 	if err != nil {
 		return err

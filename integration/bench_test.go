@@ -27,6 +27,7 @@ func TestBench(t *testing.T) {
 	b.mount()
 	b.secondBackup()
 	b.encryption()
+	b.hydration()
 	fmt.Println(b.table())
 }
 

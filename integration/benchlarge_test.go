@@ -139,24 +139,30 @@ func (b *largeBench) mounted(what string, steps [][3]string) {
 	}
 }
 
-// processorTime is what a process has used (proc_pid_stat(5): fields 14 and 15, in hundredths of a second).
+// processorTime is what a process has used.
 func processorTime(t *testing.T, pid int) time.Duration {
 	t.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	used, err := tryProcessorTime(pid)
 	if err != nil {
 		t.Fatal(err)
+	}
+	return used
+}
+
+// tryProcessorTime is for a process that may end (proc_pid_stat(5): fields 14 and 15, in hundredths of a second).
+func tryProcessorTime(pid int) (time.Duration, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
 	}
 	_, after, _ := strings.Cut(string(stat), ") ")
 	fields := strings.Fields(after)
 	if len(fields) < 13 {
-		t.Fatalf("stat of process %d: %q", pid, stat)
+		return 0, fmt.Errorf("stat of process %d: %q", pid, stat)
 	}
 	user, userErr := strconv.Atoi(fields[11])
 	system, systemErr := strconv.Atoi(fields[12])
-	if err := errors.Join(userErr, systemErr); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(user+system) * 10 * time.Millisecond
+	return time.Duration(user+system) * 10 * time.Millisecond, errors.Join(userErr, systemErr)
 }
 
 func (b *largeBench) timed(fn func()) time.Duration {

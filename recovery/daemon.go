@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"sync"
 	"syscall"
@@ -43,6 +44,7 @@ type daemon struct {
 	record   record
 	repo     *repo.Repository
 	overlays []*mounted // the data directory first
+	pace     pace
 
 	unmounting sync.Mutex // held while mounts are taken off, so that only one does it; taken before mu
 
@@ -145,6 +147,7 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 		for answering.Err() == nil {
 			wait(answering, leaveEvery)
 			d.leaveMounts()
+			d.notePace()
 		}
 		return nil
 	})
@@ -251,6 +254,15 @@ func (d *daemon) leaveMounts() {
 		m.said = err.Error()
 		d.log.Warn("directories stay in the mount", "dir", m.root.Dir, "error", err)
 	}
+}
+
+// notePace takes in how much was hydrated up to now.
+func (d *daemon) notePace() {
+	var done int64
+	for _, m := range d.overlays {
+		done += m.Hydrated()
+	}
+	d.pace.note(time.Now(), done)
 }
 
 // takeOff unmounts, and removes what is ours from a directory that is whole. That goes last: a crash before leaves a data
@@ -501,7 +513,7 @@ func (d *daemon) setStopping(stopping bool) {
 
 func (d *daemon) status(ctx context.Context) OverlayStatus {
 	d.mu.Lock()
-	sealed, lastErr, at := d.sealed, d.lastErr, d.errAt
+	sealed, lastErr, at, mode := d.sealed, d.lastErr, d.errAt, d.mode
 	d.mu.Unlock()
 	s := OverlayStatus{
 		State: stateHydrating, Mounted: d.overlays[0].on(), Target: d.dir,
@@ -527,6 +539,11 @@ func (d *daemon) status(ctx context.Context) OverlayStatus {
 				d.log.Warn("look at a tablespace", "dir", m.root.Dir, "error", err)
 			}
 		}
+	}
+	if !sealed {
+		s.Hydrate = mode.String()
+		s.BytesPerSecond = d.pace.perSecond()
+		s.SecondsLeft = int64(math.Ceil(left(s.BytesTotal-s.BytesHydrated, s.BytesPerSecond).Seconds()))
 	}
 	return s
 }

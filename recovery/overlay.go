@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -270,6 +271,24 @@ func parseHydration(s string) (hydration, error) {
 	return hydration{bytesPerSecond: n * unit}, nil
 }
 
+// String is what parseHydration reads, or "held" while it waits for a word.
+func (h hydration) String() string {
+	switch {
+	case h.off:
+		return "off"
+	case h.held:
+		return "held"
+	case h.bytesPerSecond == 0:
+		return "auto"
+	}
+	for _, u := range slices.Backward(rateUnits[:len(rateUnits)-1]) {
+		if h.bytesPerSecond%u.bytes == 0 {
+			return strconv.FormatInt(h.bytesPerSecond/u.bytes, 10) + u.suffix
+		}
+	}
+	return strconv.FormatInt(h.bytesPerSecond, 10) + "B"
+}
+
 // OverlayStatus is how a thawed directory does.
 type OverlayStatus struct {
 	State               string `json:"state"` // hydrating, hydrated or lost
@@ -281,10 +300,13 @@ type OverlayStatus struct {
 	BytesHydrated       int64  `json:"bytes_hydrated"`
 	FilesTotal          int    `json:"files_total"`
 	FilesWhole          int    `json:"files_whole"`
-	RepositoryBytesRead int64  `json:"repository_bytes_read"` // by the daemon that runs now
-	PID                 int    `json:"pid,omitempty"`         // of the daemon
-	ServerPID           int    `json:"server_pid,omitempty"`  // of the postmaster in it
-	LastError           string `json:"last_error,omitempty"`  // why hydration, or taking the mount off, did not go on
+	Hydrate             string `json:"hydrate,omitempty"`          // auto, off, held until recovery has ended, or the most a second: 50MB
+	BytesPerSecond      int64  `json:"bytes_per_second,omitempty"` // hydrated of late
+	SecondsLeft         int64  `json:"seconds_left,omitempty"`     // at that pace
+	RepositoryBytesRead int64  `json:"repository_bytes_read"`      // by the daemon that runs now
+	PID                 int    `json:"pid,omitempty"`              // of the daemon
+	ServerPID           int    `json:"server_pid,omitempty"`       // of the postmaster in it
+	LastError           string `json:"last_error,omitempty"`       // why hydration, or taking the mount off, did not go on
 
 	LastErrorAt *time.Time `json:"last_error_at,omitempty"`
 

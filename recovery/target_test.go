@@ -67,8 +67,12 @@ func TestParseHydration(t *testing.T) {
 		"": {}, "auto": {}, "off": {off: true}, "50MB": {bytesPerSecond: 50 << 20}, "512kB/s": {bytesPerSecond: 512 << 10},
 		"1 GB": {bytesPerSecond: 1 << 30}, "1000": {bytesPerSecond: 1000}, "7B": {bytesPerSecond: 7},
 	} {
-		if got, err := parseHydration(text); err != nil || got != want {
+		got, err := parseHydration(text)
+		if err != nil || got != want {
 			t.Errorf("%q: %+v, %v", text, got, err)
+		}
+		if again, err := parseHydration(got.String()); err != nil || again != want {
+			t.Errorf("%q is %q: %+v, %v", text, got, again, err)
 		}
 	}
 	for _, text := range []string{"fast", "-1MB", "0", "MB", "99999999999TB", "1.5MB"} {

@@ -180,6 +180,9 @@ func TestThawKilledDaemon(t *testing.T) {
 	o.TablespaceMapping = map[string]string{tablespace: filepath.Join(copies, "side")}
 	d := newDaemons(t)
 	res := s.thawed(d, o)
+	if st := status(t, res.Target); st.Hydrate != "off" || st.BytesPerSecond != 0 || st.SecondsLeft != 0 {
+		t.Errorf("not to be hydrated: %+v", st)
+	}
 	copySQL(t, res, "insert into ledger values (0)")
 	_ = d.last.Process.Kill()
 	_ = d.last.Wait()

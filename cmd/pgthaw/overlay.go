@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -130,6 +131,9 @@ func overlayServe(c *cli.Context) error {
 
 func printStatus(w io.Writer, s recovery.OverlayStatus) error {
 	t := table{{"Directory", s.Target}, {"State", s.State}, {"On disk", onDisk(s)}}
+	if s.Hydrate != "" {
+		t.row("Hydration", pace(s))
+	}
 	if s.Backup != "" {
 		t.row("Backup", s.Backup+" of "+s.Cluster)
 	}
@@ -177,6 +181,24 @@ func heldBy(processes []recovery.HeldBy) string {
 		names = append(names, fmt.Sprintf("%d (%s)", p.PID, p.Command))
 	}
 	return "files are open since before it was on disk, by process " + strings.Join(names, ", ")
+}
+
+// pace writes "auto, 312 MB/s, 7 s left".
+func pace(s recovery.OverlayStatus) string {
+	text := s.Hydrate
+	switch s.Hydrate {
+	case "off":
+		return "off: what is read or written is copied"
+	case "held":
+		return "begins when recovery has ended"
+	case "auto":
+	default:
+		text = "at most " + s.Hydrate + " a second"
+	}
+	if s.BytesPerSecond > 0 {
+		text += fmt.Sprintf(", %s/s, %s left", size(s.BytesPerSecond), duration(time.Duration(s.SecondsLeft)*time.Second))
+	}
+	return text
 }
 
 func onDisk(s recovery.OverlayStatus) string {

@@ -35,10 +35,10 @@ demo: build
 	@./integration/setup.sh demo
 	./integration/demo.sh
 
-# Against PostgreSQL 15, 16, 17 and 18. ARGS="-run TestName -v" chooses.
+# Against PostgreSQL 15, 16, 17 and 18, whose servers wait for the disk half of the time. ARGS="-run TestName -v" chooses.
 integration:
 	@./integration/setup.sh test
-	$(GO) test -count=1 -timeout 40m ./integration $(ARGS)
+	$(GO) test -count=1 -timeout 40m -parallel $$(($$(nproc) * 2)) ./integration $(ARGS)
 
 # Longer campaigns of the tests whose names begin with TestCrash.
 crash:

@@ -15,6 +15,7 @@ import (
 // TestBackupFails ends a backup in the middle in three ways: the repository is as before, and says so, and the next
 // backup works.
 func TestBackupFails(t *testing.T) {
+	t.Parallel()
 	a := newArchived(t, postgresql(t, 15), clusterOptions{pgbenchScale: 5, conf: []string{"fsync = off"}})
 	a.backup(t)
 	for _, way := range []struct {
@@ -105,6 +106,7 @@ func (a archived) checkUnchanged(t *testing.T, before map[string]int64) {
 
 // TestBackupDisk fills the repository's file system, makes it read-only and unmounts it under a backup.
 func TestBackupDisk(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, postgresql(t, 15), clusterOptions{conf: []string{"fsync = off"}})
 	dir := tempDir(t)
 	ownedByPostgres(t, dir) // what is below the mount could be written to

@@ -67,6 +67,7 @@ func (a archived) thawTo(t *testing.T, mapping func(string) []string, see func(*
 // TestBootImage makes boot images of a backup under load, on every major, and recovers from them to all kinds of targets: what comes of
 // that is what the ledger says, and where that leaves room, what comes of the backup itself.
 func TestBootImage(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			a := newArchived(t, p, clusterOptions{checksums: true, pgbenchScale: 2, tablespaces: []string{"fast"}}, plainFor(p, 16)...)
@@ -178,6 +179,7 @@ func nothingLeft(t *testing.T, dir string) {
 
 // TestBootImageLife: an image is brought forward, over a change of timeline, too; its maker is interrupted and killed; it is copied, damaged, pruned.
 func TestBootImageLife(t *testing.T) {
+	t.Parallel()
 	p := postgresql(t, 16)
 	a := newArchived(t, p, clusterOptions{pgbenchScale: 2})
 	l := startLedger(t, a.cluster, 2)
@@ -346,6 +348,7 @@ func (a archived) testPrunedImages(t *testing.T, l *ledger, r *cluster) {
 
 // TestBootImageTablespace: no server of ours replays the making of a tablespace, whose directory the original uses on this host.
 func TestBootImageTablespace(t *testing.T) {
+	t.Parallel()
 	a := newArchived(t, postgresql(t, 17), clusterOptions{})
 	a.backup(t)
 	location := filepath.Join(a.dir, "late")

@@ -187,6 +187,7 @@ func (f checkFinding) ends(t *testing.T, first string, to manifest, want ...mani
 
 // TestCheckNamesWhatIsHit damages a real cluster's repository in one way at a time.
 func TestCheckNamesWhatIsHit(t *testing.T) {
+	t.Parallel()
 	c := newChecked(t)
 	whole := repository{t, c.repo}
 	whole.sound()
@@ -347,6 +348,7 @@ func unreadableBelow(t *testing.T, backup string) (names []string) {
 
 // TestInfoOfCluster compares repo info with the repository on disk.
 func TestInfoOfCluster(t *testing.T) {
+	t.Parallel()
 	c := newChecked(t)
 	var info struct {
 		Stored        int64 `json:"stored_bytes"`

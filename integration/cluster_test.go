@@ -3,12 +3,14 @@ package integration
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -387,14 +389,28 @@ func (c *cluster) pgbench(args ...string) string {
 	return c.run(c.t, "pgbench", append(args, c.dsn("postgres"))...)
 }
 
+// nextPort goes on below those that the kernel gives to clients (ip_local_port_range), so that no test's connection takes one
+// that another test's server is about to listen on.
+var (
+	nextPort atomic.Int32
+	firstOne = rand.Int32N(ports) // of this run: another may be under way
+)
+
+const lowestPort, ports = 10000, 20000
+
+// freePort is one that nobody listens on, and that no other test gets.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range ports {
+		port := lowestPort + (firstOne+nextPort.Add(1))%ports
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			l.Close()
+			return int(port)
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatal("no port is free")
+	return 0
 }
 
 func appendTo(t *testing.T, path, text string) {

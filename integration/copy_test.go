@@ -84,6 +84,7 @@ func (d destination) proved(t *testing.T) {
 // TestRepoCopy copies a repository to one that is encrypted, and that to another; what is restored and thawed from there
 // is what the source gives.
 func TestRepoCopy(t *testing.T) {
+	t.Parallel()
 	s := newCopySource(t)
 	plain := invocation{postgres: true, env: []string{"PGTHAW_REPO=" + s.repo}}
 	first, second := newDestination(t), newDestination(t)

@@ -35,6 +35,7 @@ type crashed struct {
 
 // TestCrashDaemon kills the daemon at random moments: errors, but no wrong bytes and no lost commit.
 func TestCrashDaemon(t *testing.T) {
+	t.Parallel()
 	rounds := environmentNumber(t, "PGTHAW_CRASH_ROUNDS", 4)
 	r := crashSeed(t)
 	sources := map[int]*thawSource{}
@@ -193,6 +194,7 @@ func (k *crashed) recover() {
 
 // TestCrashBareDirectory: what lies beneath a dead mount is no PGDATA that could be started by mistake.
 func TestCrashBareDirectory(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			a := newArchived(t, p, clusterOptions{})

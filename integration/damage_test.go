@@ -47,6 +47,7 @@ func (h harm) String() string {
 
 // TestDamage flips, truncates and deletes every object: each read gives right bytes, or an error that names the object.
 func TestDamage(t *testing.T) {
+	t.Parallel()
 	rounds := environmentNumber(t, "PGTHAW_DAMAGE_ROUNDS", 120)
 	seed := uint64(environmentNumber(t, "PGTHAW_SEED", int(time.Now().UnixNano()&0xffffffff)))
 	t.Logf("PGTHAW_SEED=%d", seed)

@@ -12,6 +12,7 @@ import (
 // TestOverlayDiskFull fills the disk under a thawed directory: hydration says so and goes on when there is room again, whether
 // its daemon lived through it or not.
 func TestOverlayDiskFull(t *testing.T) {
+	t.Parallel()
 	a := newArchived(t, postgresql(t, 15), clusterOptions{checksums: true, pgbenchScale: 3, conf: []string{"fsync = off"}})
 	a.backup(t)
 	a.Stop()

@@ -94,6 +94,7 @@ const newSegment = `segment=$(psql -Atc "SELECT pg_walfile_name(pg_current_wal_l
 
 // TestCommandLinePageRuns runs every command of docs/cli.md, as the page has it.
 func TestCommandLinePageRuns(t *testing.T) {
+	t.Parallel()
 	const anySegment = `segment=$(pgthaw wal list main --json | grep -m 1 '"first"' | cut -d '"' -f 4)`
 	runPage(t, "cli.md", []documented{
 		{line: "pgthaw list", before: "pgthaw repo init ~/first; export PGTHAW_REPO=~/first"},
@@ -136,6 +137,7 @@ func TestCommandLinePageRuns(t *testing.T) {
 
 // TestOperationsPageRuns runs every command of docs/operations.md, as the page has it.
 func TestOperationsPageRuns(t *testing.T) {
+	t.Parallel()
 	const killDaemon = `; kill -9 $(pgthaw overlay status ~/data --json | grep '"pid"' | tr -dc 0-9)`
 	data := map[string]string{"DIR": "~/data"}
 	elsewhere := map[string]string{"URL": "~/elsewhere", "/etc/pgthaw/elsewhere.key": "~/elsewhere.key"}

@@ -30,6 +30,7 @@ var withoutHome = invocation{postgres: true, env: []string{"HOME=/nonexistent", 
 // TestEncrypted: daemons and restore_command find the key that thaw, restore and mount found or were given, also when a bare
 // environment starts them anew.
 func TestEncrypted(t *testing.T) {
+	t.Parallel()
 	p := postgresql(t, 17)
 	e := encrypted{archived: newArchived(t, p, clusterOptions{pgbenchScale: 1})}
 	e.l = startLedger(t, e.cluster, 2)

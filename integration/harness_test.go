@@ -16,6 +16,7 @@ import (
 // The harness is proved on its own: each piece against each major.
 
 func TestHarnessCluster(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			c := newCluster(t, p, clusterOptions{walSegmentMB: 1, checksums: true, pgbenchScale: 1, tablespaces: []string{"fast", "slow"}})
@@ -42,6 +43,7 @@ func TestHarnessCluster(t *testing.T) {
 }
 
 func TestHarnessConfigurationOutside(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			c := newCluster(t, p, clusterOptions{confOutside: true, conf: []string{"work_mem = '7MB'"}})
@@ -56,6 +58,7 @@ func TestHarnessConfigurationOutside(t *testing.T) {
 }
 
 func TestHarnessLedger(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			c := newCluster(t, p, clusterOptions{})
@@ -123,6 +126,7 @@ func checkLedgerSees(t *testing.T, l *ledger, rows map[int64]string) {
 
 // TestHarnessRecovery proves the ledger's arithmetic with PostgreSQL's own backup and recovery.
 func TestHarnessRecovery(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			dir := tempDir(t)
@@ -186,6 +190,7 @@ func recoverTo(t *testing.T, p installation, dir, setting string) *cluster {
 }
 
 func TestHarnessReplica(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			c := newCluster(t, p, clusterOptions{tablespaces: []string{"fast"}})
@@ -233,6 +238,7 @@ func TestHarnessLeftovers(t *testing.T) {
 }
 
 func TestHarnessBinary(t *testing.T) {
+	t.Parallel()
 	pgthaw(t, "no-such-command").exits(t, 2)
 	if r := asPostgres.run(t, "no-such-command"); r.code != 2 {
 		t.Errorf("as postgres: exit code %d, want 2", r.code)

@@ -48,6 +48,7 @@ func (s started) done(t *testing.T) {
 
 // TestLayouts restores and thaws clusters of every shape, with WAL behind the backup.
 func TestLayouts(t *testing.T) {
+	t.Parallel()
 	for _, layout := range []struct {
 		name string
 		o    clusterOptions
@@ -107,6 +108,7 @@ func testLayout(t *testing.T, a archived, o clusterOptions) {
 
 // TestSettingsLeadOutside: postgresql.conf lies in PGDATA and names the data directory and hba_file elsewhere.
 func TestSettingsLeadOutside(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
@@ -144,6 +146,7 @@ func TestSettingsLeadOutside(t *testing.T) {
 
 // TestCopyKeepsToItself: what ALTER SYSTEM set on the source for the outside world does nothing on a copy.
 func TestCopyKeepsToItself(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
@@ -198,6 +201,7 @@ func filesBelow(t *testing.T, dir string) []string {
 
 // TestSettingsOfTheCommandLine: recovery needs them as large as they were, and no file of the backup has them.
 func TestSettingsOfTheCommandLine(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
@@ -220,6 +224,7 @@ func TestSettingsOfTheCommandLine(t *testing.T) {
 
 // TestTablespaces: two of them, to other places, and refused where the original ones are.
 func TestTablespaces(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
@@ -272,6 +277,7 @@ func TestTablespaces(t *testing.T) {
 
 // TestTargetDirectory: what holds anything already is refused, and left as it was.
 func TestTargetDirectory(t *testing.T) {
+	t.Parallel()
 	a := newArchived(t, postgresql(t, 15), smallSegments)
 	other := newCluster(t, postgresql(t, 15), smallSegments)
 	a.backup(t)
@@ -327,6 +333,7 @@ func TestTargetDirectory(t *testing.T) {
 
 // TestInterrupted sends SIGINT to restore and to backup at many moments: 130, and nothing half that looks whole.
 func TestInterrupted(t *testing.T) {
+	t.Parallel()
 	a := newArchived(t, postgresql(t, 15), clusterOptions{walSegmentMB: 1, pgbenchScale: 12, conf: []string{"fsync = off"}})
 	t.Run("backup", a.testInterruptedBackup)
 	t.Run("server killed", a.testServerKilled)

@@ -9,6 +9,7 @@
 //	invocation    one run of pgthaw: pgthaw(t, ...), asPostgres.run(t, ...), start for what stays
 //	waitFor       polling with a deadline
 //
+// Tests run side by side, but for those that touch what the whole host has only one of.
 // Whatever a run makes lies below one scratch directory. A mount, a process or a file that is left there when all tests
 // have ended fails the run.
 package integration

@@ -22,6 +22,7 @@ const newBackupLimit = 30 * time.Second
 
 // TestMount looks at one backup through the mount in every way that the documentation promises.
 func TestMount(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			a := newArchived(t, p, clusterOptions{checksums: true, pgbenchScale: 1, tablespaces: []string{"fast", "slow"}}, plainFor(p, 15)...)

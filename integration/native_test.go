@@ -29,6 +29,7 @@ func (n native) has(dir string) bool { return slices.Contains(n.Native, dir) }
 // TestNative has a copy leave FUSE, directory by directory and at last by finish --restart, while sessions that have been
 // there since the beginning write to it.
 func TestNative(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) { newThawSource(t, p).testNative(t) })
 	}

@@ -27,6 +27,7 @@ func (a archived) ofRoot(t *testing.T) {
 // TestRepositoryOfRoot: the server's user cannot read the repository. A restore says so before it writes; a thawed server
 // gets its WAL from the daemon, by the same rules.
 func TestRepositoryOfRoot(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()

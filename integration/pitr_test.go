@@ -197,6 +197,7 @@ func (a archived) backups(t *testing.T) []listed {
 
 // TestPITR recovers to random points on both paths: the content is the ledger's at that point.
 func TestPITR(t *testing.T) {
+	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	if given := os.Getenv("PGTHAW_SEED"); given != "" {
 		seed, _ = strconv.ParseUint(given, 10, 64)
@@ -292,6 +293,7 @@ func (s *reachSource) commitAt(i int) commit { return s.l.commits[s.stretch[i].n
 
 // TestTargetOutOfReach asks for what cannot be reached: refused, by the code for it, before the target directory is made.
 func TestTargetOutOfReach(t *testing.T) {
+	t.Parallel()
 	s := newReachSource(t, postgresql(t, 15))
 	first, last := s.commitAt(0), s.l.commits[len(s.l.commits)-1]
 	const far = "FFFF/0"

@@ -163,6 +163,7 @@ func (s *pruneSource) reaches(t *testing.T, path string, row int) {
 }
 
 func TestPrune(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()

@@ -22,6 +22,7 @@ type repacked struct {
 // TestRepack backs a cluster up whose tables are rewritten in turn, deletes all but the last two backups, and prunes: packs that are
 // mostly dead become smaller, and both backups stay what they were.
 func TestRepack(t *testing.T) {
+	t.Parallel()
 	p := postgresql(t, 18)
 	a := newArchived(t, p, smallSegments)
 	const tables = 12

@@ -38,6 +38,7 @@ const allAccounts = "SELECT md5(string_agg(a::text, ',' ORDER BY aid)) FROM pgbe
 // TestRepair damages the repository of a real cluster: a chunk of table data, the pack list, the cluster's document, a WAL segment. After the
 // repair the next backup, an ordinary one, is whole, and the old one is named as damaged until prune takes it.
 func TestRepair(t *testing.T) {
+	t.Parallel()
 	p := postgresql(t, 15)
 	for name, flags := range map[string][]string{"encrypted": nil, "plain": {"--no-encryption"}} {
 		t.Run(name, func(t *testing.T) {

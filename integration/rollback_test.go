@@ -80,6 +80,7 @@ func (r rolledBack) alarms(t *testing.T, got result, code int, names ...string) 
 }
 
 func TestRollback(t *testing.T) {
+	t.Parallel()
 	r := newRolledBack(t)
 	t.Run("looks", r.testLooks)
 	t.Run("check", r.testCheck)
@@ -246,6 +247,7 @@ func (r rolledBack) testAccept(t *testing.T) {
 
 // TestClusterGone: its name is not known any more, and that is worse than a name mistyped.
 func TestClusterGone(t *testing.T) {
+	t.Parallel()
 	r := newRolledBack(t)
 	shell(t, "cd "+r.repo+" && rm -r clusters/main backups/main wal/main")
 	for _, args := range [][]string{{"list"}, {"list", "main"}, {"show", "main", "latest"}, {"wal", "list", "main"}, {"repo", "info"},
@@ -258,6 +260,7 @@ func TestClusterGone(t *testing.T) {
 
 // TestReplacedRepository: another one lies at the URL. Nothing is given to it.
 func TestReplacedRepository(t *testing.T) {
+	t.Parallel()
 	r := newRolledBack(t)
 	shell(t, "mv "+r.repo+" "+r.repo+".own")
 	pgthaw(t, "repo", "init", "--no-encryption", r.repo).ok(t) // root's memory is another
@@ -293,6 +296,7 @@ func TestReplacedRepository(t *testing.T) {
 
 // TestStateDirectory: what cannot be remembered is no error, and what many processes have seen comes together.
 func TestStateDirectory(t *testing.T) {
+	t.Parallel()
 	r := newRolledBack(t)
 	with := func(dir string) invocation {
 		return invocation{postgres: true, env: []string{"PGTHAW_REPO=" + r.repo, "XDG_STATE_HOME=" + dir, "HOME=/nonexistent"}}

@@ -47,6 +47,7 @@ type listed struct {
 
 // TestRoundTrip backs up under load, and restores to the end of the WAL, to a name, and to the backup's own end.
 func TestRoundTrip(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			a := newArchived(t, p, clusterOptions{checksums: true, pgbenchScale: 2, tablespaces: []string{"fast", "slow"}}, plainFor(p, 16)...)

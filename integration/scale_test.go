@@ -17,6 +17,7 @@ const memoryLimit = 512 << 20
 
 // TestManyRelations backs up, restores and thaws a cluster of very many small files.
 func TestManyRelations(t *testing.T) {
+	t.Parallel()
 	relations := environmentNumber(t, "PGTHAW_RELATIONS", 100_000)
 	p := postgresql(t, 15)
 	a := newArchived(t, p, clusterOptions{conf: []string{"fsync = off", "full_page_writes = off", "max_wal_size = 4GB", "autovacuum = off",

@@ -26,6 +26,7 @@ func (a archived) backUpStandby(t *testing.T, standby *cluster) {
 // TestBackupOfStandby backs up a standby under load. The copy of it recovers by the primary's WAL, by the backup's own
 // alone, and is a standby no more.
 func TestBackupOfStandby(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
@@ -74,6 +75,7 @@ func TestBackupOfStandby(t *testing.T) {
 
 // TestBackupOfStandbyAlone: nothing archives; the backup of the standby is restorable by itself.
 func TestBackupOfStandbyAlone(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
@@ -129,6 +131,7 @@ func (a archived) testBehindTheStandbysEnd(t *testing.T, l *ledger) {
 
 // TestTimelines follows a promotion, and goes to places on both sides of it.
 func TestTimelines(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()

@@ -86,6 +86,7 @@ func (s *thawSource) check(t *testing.T, c *cluster) {
 
 // TestThaw thaws, uses the copy while it is lazy, and makes an ordinary directory of it.
 func TestThaw(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			s := newThawSource(t, p)
@@ -262,6 +263,7 @@ func (s *thawSource) testDiscard(t *testing.T) {
 
 // TestThawIsLazy counts the bytes that a start and a query need.
 func TestThawIsLazy(t *testing.T) {
+	t.Parallel()
 	p := postgresql(t, 15)
 	a := newArchived(t, p, clusterOptions{conf: []string{"fsync = off", "max_wal_size = 2GB"}, pgbenchScale: 15})
 	a.SQL("CREATE TABLE noise AS SELECT i, md5(i::text) || md5((i * 7)::text) || md5((i * 11)::text) AS x FROM generate_series(1, 2000000) i; CHECKPOINT")

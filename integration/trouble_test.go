@@ -265,4 +265,6 @@ func (s *troubledCopy) wrongBytes(table string) {
 	s.right(table, <-s.ask(table))
 }
 
-func isIOError(err error) bool { return err != nil && strings.Contains(err.Error(), "Input/output error") }
+func isIOError(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "Input/output error")
+}

@@ -86,6 +86,7 @@ func sameAs(t *testing.T, got, want string) {
 
 // TestWALFetch asks for every kind of file in every state: right bytes, a certain end, or 200.
 func TestWALFetch(t *testing.T) {
+	t.Parallel()
 	a, copies := keepingCopies(t, postgresql(t, 15), smallSegments)
 	a.fillSegments(8)
 	a.backup(t)
@@ -206,6 +207,7 @@ func (a archived) testDamagedWAL(t *testing.T, copies, name string) {
 
 // TestRecoveryStops starts restored clusters by hand over a gap and over a damaged segment: PostgreSQL must not promote.
 func TestRecoveryStops(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
@@ -274,6 +276,7 @@ func (a archived) doesNotPromote(t *testing.T, data string) {
 
 // TestWALPush pushes by hand what a server would.
 func TestWALPush(t *testing.T) {
+	t.Parallel()
 	a := newArchived(t, postgresql(t, 15), smallSegments)
 	other := newCluster(t, postgresql(t, 15), smallSegments)
 	a.fillSegments(3)
@@ -360,6 +363,7 @@ func (a archived) segmentAs(t *testing.T, content []byte, name string) []byte {
 
 // TestArchiverIsContent runs a server for a while, with a promotion in it: pg_stat_archiver counts no failure.
 func TestArchiverIsContent(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
@@ -393,6 +397,7 @@ func TestArchiverIsContent(t *testing.T) {
 
 // TestWALStream streams under load, is killed again and again, and follows a promotion: its segments are the archiver's.
 func TestWALStream(t *testing.T) {
+	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()

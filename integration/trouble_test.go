@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -17,7 +18,8 @@ import (
 
 // troubled shows a directory as a file system in which reading has the trouble that the test wishes.
 type troubled struct {
-	dir string // where it is mounted
+	dir      string       // where it is mounted
+	requests atomic.Int64 // opens to read
 
 	mu      sync.Mutex
 	trouble trouble
@@ -31,6 +33,7 @@ const (
 	silent          // nothing is answered
 	failing         // all is EIO
 	wrong           // one bit of each read is wrong
+	slow            // each request takes slowRequest, however much it reads: pgthaw opens a file for each
 )
 
 // trouble mounts a file system over dir at a directory of its own, until the test ends.
@@ -98,8 +101,12 @@ func (n *troubledNode) Lookup(ctx context.Context, name string, out *fuse.EntryO
 
 // Open has the kernel ask for each read, without a cache of its own.
 func (n *troubledNode) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
-	if _, errno := n.d.gate(ctx); errno != 0 {
+	now, errno := n.d.gate(ctx)
+	if errno != 0 {
 		return nil, 0, errno
+	}
+	if n.d.requests.Add(1); now == slow {
+		time.Sleep(slowRequest)
 	}
 	h, _, errno := n.LoopbackNode.Open(ctx, flags)
 	if errno != 0 || flags&syscall.O_ACCMODE != syscall.O_RDONLY {

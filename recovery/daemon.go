@@ -43,6 +43,7 @@ type daemon struct {
 	record   record
 	repo     *repo.Repository
 	overlays []*mounted // the data directory first
+	starting starting
 
 	unmounting sync.Mutex // held while mounts are taken off, so that only one does it; taken before mu
 
@@ -126,7 +127,8 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 		return err
 	}
 	defer control.Close()
-	if err := d.mountAll(ctx, d.repo.OpenBackup(m)); err != nil {
+	b := d.repo.OpenBackup(m)
+	if err := d.mountAll(ctx, b); err != nil {
 		return err
 	}
 	d.leaveMounts() // what is whole already, before anybody can have a file open
@@ -138,6 +140,8 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 	answering, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
 	var g errgroup.Group
+	g.Go(func() error { d.prefetchStart(answering, b); return nil })
+	g.Go(func() error { d.recordStart(answering, m); return nil })
 	g.Go(func() error {
 		return serveControl(control, owner, func(q request) reply { return d.answer(answering, q) })
 	})
@@ -185,7 +189,7 @@ func (d *daemon) endSession(ctx context.Context, s *repo.Session) {
 func (d *daemon) mountAll(ctx context.Context, b *repo.Backup) error {
 	for i, r := range d.record.Roots {
 		o := fusefs.OverlayOptions{
-			Log: d.log, AllowOther: os.Geteuid() == 0, Passthrough: true, FillOnRead: true,
+			Log: d.log, AllowOther: os.Geteuid() == 0, Passthrough: true, FillOnRead: true, Touched: d.starting.touched,
 			Leave: fusefs.Whole, // a tablespace: the server reaches it by its absolute path
 		}
 		if i == 0 {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"maps"
 	"path"
@@ -33,7 +34,7 @@ const (
 // before each and ends all with its error. fn gets the bytes, verified, a chunk or less at a time, from several goroutines
 // at once; they are its own until it returns.
 //
-// What is not a file, or lies in no chunk, or behind a file's end, is left out. An error may come after part of the bytes.
+// What is not a file, or behind a file's end, is left out, and so are zeros that lie nowhere. An error may come after part of the bytes.
 func (b *Backup) Gather(ctx context.Context, spans []Span, turn func(context.Context) error, fn func(Span, []byte) error) error {
 	if turn == nil {
 		turn = context.Context.Err
@@ -47,7 +48,33 @@ func (b *Backup) Gather(ctx context.Context, spans []Span, turn func(context.Con
 	if err != nil {
 		return err
 	}
+	for _, s := range spans {
+		if e := files[s.Path]; e.Mode.IsRegular() && mapped[s.Path] == nil {
+			if err := g.unmapped(ctx, s, e); err != nil {
+				return err
+			}
+		}
+	}
 	return g.chunks(ctx, spans, mapped)
+}
+
+// unmapped reads a span of a file that lies in the tree, or is a WAL object.
+func (g *gatherer) unmapped(ctx context.Context, s Span, e Entry) error {
+	f, err := g.b.Open(ctx, e)
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, min(walBlockSize, e.Size))
+	for off, end := max(0, s.Off), min(s.Off+s.Len, e.Size); off < end; off += int64(len(buf)) {
+		p := buf[:min(int64(len(buf)), end-off)]
+		if _, err := f.ReadAt(p, off); err != nil && err != io.EOF {
+			return err
+		}
+		if err := g.fn(Span{s.Path, off, int64(len(p))}, p); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 type gatherer struct {
@@ -91,6 +118,41 @@ func (g *gatherer) find(ctx context.Context, spans []Span) (map[string]Entry, er
 		level = below
 	}
 	return files, nil
+}
+
+// preloadBelow is how many entries a directory has at most that Preload looks through for directories: one of more is full of
+// relations.
+const preloadBelow = 4096
+
+// Preload reads a directory and those below it, a level at a time and few requests each, for whoever is about to look into them all.
+func (b *Backup) Preload(ctx context.Context, name string) error {
+	g := gatherer{b: b, turn: context.Context.Err}
+	top, err := b.Stat(ctx, name)
+	if err != nil {
+		return err
+	}
+	for level := map[string]Entry{name: top}; len(level) > 0; {
+		if err := g.readTrees(ctx, level); err != nil {
+			return err
+		}
+		below := map[string]Entry{}
+		for name, dir := range level {
+			list, err := b.list(ctx, dir)
+			if err != nil {
+				return err
+			}
+			if list.Len() > preloadBelow {
+				continue
+			}
+			for i := range list.Len() {
+				if e := list.At(i); e.IsDir() {
+					below[path.Join(name, e.Name)] = e
+				}
+			}
+		}
+		level = below
+	}
+	return nil
 }
 
 // readTrees brings directories into the cache that are not there.

@@ -40,18 +40,34 @@ func (v *Overlay) Prefetch(ctx context.Context, b *repo.Backup, root string, spa
 	return nil
 }
 
-// missing are the holes in spans.
+// missing are the holes in spans. A file is looked for once.
 func (v *Overlay) missing(root string, spans []repo.Span) (missing []repo.Span, err error) {
-	for _, s := range spans {
-		err := v.withPlaceholder(root, s.Path, func(f *file, fd int) error {
-			holes, err := f.holes(fd, span{max(0, s.Off), s.Off + s.Len})
-			for _, h := range holes {
-				missing = append(missing, repo.Span{Path: s.Path, Off: h.from, Len: h.to - h.from})
+	of := map[string][]int{}
+	var names []string
+	for i, s := range spans {
+		if of[s.Path] == nil {
+			names = append(names, s.Path)
+		}
+		of[s.Path] = append(of[s.Path], i)
+	}
+	holes := make([][]span, len(spans))
+	for _, name := range names {
+		err := v.withPlaceholder(root, name, func(f *file, fd int) (err error) {
+			for _, i := range of[name] {
+				s := spans[i]
+				if holes[i], err = f.holes(fd, span{max(0, s.Off), s.Off + s.Len}); err != nil {
+					return err
+				}
 			}
-			return err
+			return nil
 		})
 		if err != nil {
 			return nil, err
+		}
+	}
+	for i, s := range spans {
+		for _, h := range holes[i] {
+			missing = append(missing, repo.Span{Path: s.Path, Off: h.from, Len: h.to - h.from})
 		}
 	}
 	return missing, nil

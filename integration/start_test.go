@@ -58,3 +58,34 @@ func (a archived) timedStart(t *testing.T, store *troubled) (c startCost) {
 	c.total = int(store.requests.Load())
 	return c
 }
+
+// TestWALAhead recovers through WAL without images from a repository where each request takes a while: the pages that it names are
+// read together before PostgreSQL asks for each.
+func TestWALAhead(t *testing.T) {
+	t.Parallel()
+	p := postgresql(t, 15)
+	a := newArchived(t, p, clusterOptions{checksums: true, pgbenchScale: 5, conf: []string{"full_page_writes = off", "autovacuum = off", "max_wal_size = 1GB"}})
+	a.cluster.SQL("CHECKPOINT")
+	a.backup(t)
+	a.cluster.pgbench("--client", "4", "--transactions", "4000", "--no-vacuum")
+	balance := a.cluster.SQL("SELECT sum(abalance), count(*) FROM pgbench_accounts")
+	a.Stop()
+	store := newTroubled(t, a.repo)
+	store.set(slow)
+	a.repo = store.dir
+	data := newTarget(t)
+	var r booted
+	a.copyTo(t, invocation{}, "thaw", "latest", data, "--start", "--hydrate", "off").ok(t).into(t, &r)
+	asked := store.requests.Load()
+	c := r.server(t, a.installation, data)
+	store.set(none)
+	if got := c.SQL("SELECT sum(abalance), count(*) FROM pgbench_accounts"); got != balance {
+		t.Errorf("the copy has %s, want %s", got, balance)
+	}
+	t.Logf("%d requests, ready after %d ms; sum and chunks of accounts %s", asked, r.ReadyMS, balance)
+	if asked > 250 { // the table alone has 512 chunks
+		t.Errorf("recovery took %d requests", asked)
+	}
+	c.StopImmediate()
+	pgthaw(t, "overlay", "discard", data).ok(t)
+}

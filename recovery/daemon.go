@@ -44,6 +44,7 @@ type daemon struct {
 	repo     *repo.Repository
 	overlays []*mounted // the data directory first
 	starting starting
+	ahead    *walAhead
 
 	unmounting sync.Mutex // held while mounts are taken off, so that only one does it; taken before mu
 
@@ -142,6 +143,8 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 	var g errgroup.Group
 	g.Go(func() error { d.prefetchStart(answering, b); return nil })
 	g.Go(func() error { d.recordStart(answering, m); return nil })
+	d.ahead = newWALAhead(d, b)
+	g.Go(func() error { d.ahead.run(answering); return nil })
 	g.Go(func() error {
 		return serveControl(control, owner, func(q request) reply { return d.answer(answering, q) })
 	})
@@ -472,7 +475,7 @@ func (d *daemon) answer(ctx context.Context, q request) reply {
 func (d *daemon) wal(ctx context.Context, q request) (r reply) {
 	err := fmt.Errorf("this is a copy of cluster %s, not of %s", d.record.Cluster, q.Cluster)
 	if q.Cluster == d.record.Cluster {
-		r.wal, err = walFile(ctx, d.repo, q.Cluster, q.WAL)
+		r.wal, err = d.ahead.get(ctx, q.WAL)
 	}
 	if err != nil {
 		return reply{Error: err.Error(), Absent: errors.Is(err, repo.ErrNoWAL)}

@@ -18,7 +18,7 @@ const (
 	// storeLimit bounds the storing of a start record, for which an ending daemon is waited for.
 	storeLimit = 5 * time.Second
 	// startBytes bounds what a start record names.
-	startBytes = 256 << 20
+	startBytes = 128 << 20
 	// page is the unit in which reads are recorded.
 	page = repo.PageSize
 )

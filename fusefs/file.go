@@ -32,6 +32,7 @@ type file struct {
 	openLower func(path string) (io.ReaderAt, error) // of the backup
 	block     int64                                  // the file system's block size, bytes
 	traffic   *traffic                               // told of whoever waits for the repository
+	touched   func(path string, off, n int64)        // told of what they wait for; nil: nobody listens
 
 	open handles
 
@@ -109,6 +110,7 @@ func (f *file) readAt(fd int, p []byte, off int64, fill bool) (int, error) {
 		return n, err
 	}
 	defer f.traffic.enter()()
+	f.tell(holes)
 	for _, h := range holes {
 		if err := f.readLower(p[h.from-off:h.to-off], h.from); err != nil {
 			return 0, err
@@ -224,6 +226,7 @@ func (f *file) onBlocks(fd int, off, end int64, change func(holes []span) error)
 // copyUp fills one block, because a write needs it.
 func (f *file) copyUp(fd int, block int64) error {
 	defer f.traffic.enter()()
+	f.tell([]span{{block, block + f.block}})
 	_, err := f.fill(fd, span{block, block + f.block}, make([]byte, f.block))
 	return err
 }

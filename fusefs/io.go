@@ -38,6 +38,7 @@ func (v *Overlay) openFile(n *node) (fuse.OpenOut, error) {
 	if !v.passthrough.Load() || !v.whole(n, fd) {
 		register = nil
 	}
+	v.opened(n.file)
 	v.nodes.ref(n)
 	v.openFiles.Add(1)
 	return n.file.open.add(register, n.branch), nil
@@ -62,6 +63,7 @@ func (v *Overlay) fillSmall(n *node, fd int) (bool, error) {
 		return false, err
 	}
 	defer v.traffic.enter()()
+	n.file.tell([]span{{0, p.limit}})
 	if _, err := n.file.fill(fd, span{0, p.limit}, make([]byte, p.limit)); err != nil {
 		return false, err
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -45,6 +46,9 @@ func Lay(ctx context.Context, b *repo.Backup, root, dir string, o LayOptions) (L
 	}
 	defer unix.Close(fd)
 	if err := checkHoles(fd); err != nil {
+		return LayResult{}, fmt.Errorf("lay %s: %w", dir, err)
+	}
+	if err := b.Preload(ctx, root); err != nil {
 		return LayResult{}, fmt.Errorf("lay %s: %w", dir, err)
 	}
 	top, err := b.Stat(ctx, root)
@@ -193,7 +197,7 @@ func (l *layer) file(parent int, name string, e repo.Entry) error {
 	case inline:
 		_, err = pwriteFull(fd, content, 0)
 	case e.Mode.Perm()&0o200 == 0 || l.isWhole(name):
-		err = l.copy(fd, e)
+		err = l.copy(fd, name, e)
 	default:
 		err = l.placeholder(fd, name, e)
 	}
@@ -232,29 +236,35 @@ func (l *layer) placeholder(fd int, name string, e repo.Entry) error {
 const copyPiece = 128 << 10
 
 // copy writes a file whole. Where blocks can be had without writing them, zeros are not written, and need not be synced.
-func (l *layer) copy(fd int, e repo.Entry) error {
-	f, err := l.b.Open(l.ctx, e)
-	if err != nil || e.Size == 0 {
-		return err
+func (l *layer) copy(fd int, name string, e repo.Entry) error {
+	if e.Size == 0 {
+		return nil
 	}
-	err = unix.Fallocate(fd, 0, 0, e.Size)
+	err := unix.Fallocate(fd, 0, 0, e.Size)
 	if errors.Is(err, unix.ENOSPC) {
 		return err
 	}
-	given := err == nil
-	buf := make([]byte, min(e.Size, copyPiece))
-	zeros := make([]byte, len(buf))
-	for at := int64(0); at < e.Size; at += copyPiece {
-		p := buf[:min(copyPiece, e.Size-at)]
-		if err := readFull(f, p, at); err != nil {
-			return err
+	if err != nil {
+		err = unix.Ftruncate(fd, e.Size)
+	}
+	if err != nil {
+		return err
+	}
+	return l.b.Gather(l.ctx, []repo.Span{{Path: name, Len: e.Size}}, nil, func(s repo.Span, content []byte) error {
+		return writePieces(fd, content, s.Off)
+	})
+}
+
+// writePieces writes p at an offset, where zeros are.
+func writePieces(fd int, p []byte, off int64) error {
+	zeros := make([]byte, copyPiece)
+	for piece := range slices.Chunk(p, copyPiece) {
+		if !bytes.Equal(piece, zeros[:len(piece)]) {
+			if _, err := pwriteFull(fd, piece, off); err != nil {
+				return err
+			}
 		}
-		if given && bytes.Equal(p, zeros[:len(p)]) {
-			continue
-		}
-		if _, err := pwriteFull(fd, p, at); err != nil {
-			return err
-		}
+		off += int64(len(piece))
 	}
 	return nil
 }

@@ -44,7 +44,7 @@ func (v *Overlay) look(b *branch, dirfd int, path string) (*node, *unix.Stat_t, 
 }
 
 func (v *Overlay) newFile(n *node) *file {
-	return &file{name: n.path, openLower: v.openLower, block: v.block, traffic: &v.traffic}
+	return &file{name: n.path, openLower: v.openLower, block: v.block, traffic: &v.traffic, touched: v.o.Touched}
 }
 
 // entry answers with the node at a path, to which the kernel has one reference more from now on. The attributes are not

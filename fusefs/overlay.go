@@ -28,6 +28,10 @@ type OverlayOptions struct {
 	FillOnRead  bool              // what is read from the repository is written into the hole it was read for
 	Leave       Leaving           // what Leave takes out of the mount; it takes root
 	First       []string          // directories of the root that Hydrate makes whole before all else, in this order
+
+	// Touched is called when a file with a lower is opened, then n is 0, and when somebody waits for n bytes of it, as the
+	// file at path in the backup has them. It must not block. nil: nobody listens.
+	Touched func(path string, off, n int64) `json:"-"`
 }
 
 // Overlay is a mounted, writable backup. Its methods may be called from any goroutine.

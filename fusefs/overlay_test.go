@@ -42,7 +42,8 @@ func overlayChild(ctx context.Context, args []string, ready func()) error {
 	if err != nil {
 		return err
 	}
-	v, err := MountOverlay(context.WithoutCancel(ctx), args[1], r.OpenBackup(m), o)
+	b := r.OpenBackup(m)
+	v, err := MountOverlay(context.WithoutCancel(ctx), args[1], b, o)
 	if err != nil {
 		return err
 	}
@@ -51,7 +52,7 @@ func overlayChild(ctx context.Context, args []string, ready func()) error {
 		return err
 	}
 	defer l.Close()
-	go answer(l, v)
+	go answer(l, v, b)
 	ready()
 	<-ctx.Done()
 	if err := v.Unmount(); errors.Is(err, unix.EBUSY) {
@@ -62,8 +63,8 @@ func overlayChild(ctx context.Context, args []string, ready func()) error {
 	return nil
 }
 
-// answer runs one command of each connection: "hydrate", "status", "leave", "unmount".
-func answer(l net.Listener, v *Overlay) {
+// answer runs one command of each connection: "hydrate", "status", "leave", "unmount", "prefetch".
+func answer(l net.Listener, v *Overlay, b *repo.Backup) {
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -78,6 +79,8 @@ func answer(l net.Listener, v *Overlay) {
 				err = v.Hydrate(context.Background(), 0)
 			case "crawl\n":
 				err = v.Hydrate(context.Background(), 10<<20)
+			case "prefetch\n":
+				err = prefetchAll(v, b)
 			case "leave\n":
 				err = v.Leave()
 			case "unmount\n":

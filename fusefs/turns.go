@@ -99,6 +99,26 @@ func (t *traffic) look() (spent time.Duration, lively bool) {
 	return t.spent, t.spent > 0 && since < lull
 }
 
+// patience is how long who reads ahead stands back for requests before it goes on all the same.
+const patience = 100 * time.Millisecond
+
+// giveWay waits until no request is in hand, or patience has run out.
+func (t *traffic) giveWay(ctx context.Context) error {
+	const look = time.Millisecond
+	for deadline := time.Now().Add(patience); t.inHand() && time.Now().Before(deadline); {
+		if err := sleep(ctx, look); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+func (t *traffic) inHand() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.busy > 0
+}
+
 // turn is a worker's leave to fill one piece. Beside others who use the mount one worker at a time has it, fills little, and then
 // rests for as long as they had requests meanwhile.
 type turn struct {

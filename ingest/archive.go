@@ -219,7 +219,7 @@ func readLabel(r io.Reader, size int64) ([]byte, error) {
 
 // write stores one file. Close notices when r has not given e.Size bytes.
 func (t *tree) write(name string, e repo.Entry, r io.Reader) error {
-	f, err := t.w.Create(name, e, hot(name, e.Size))
+	f, err := t.w.Create(name, e, repo.Hot(name, e.Size))
 	if err != nil {
 		return err
 	}
@@ -237,27 +237,4 @@ func (t *tree) add(name string, content []byte) error {
 		return err
 	}
 	return t.write(name, e, bytes.NewReader(content))
-}
-
-const (
-	smallFile       = 64 << 10 // bytes
-	firstNormalOID  = 16384    // FirstNormalObjectId: relations below are system catalogs, until they are rewritten
-	largeHotCatalog = 64 << 20 // bytes; pg_largeobject may have any size, and no start reads all of it
-)
-
-// hot says whether a start of the cluster is likely to read the file: small ones, system catalogs, and the maps of
-// free space and visibility.
-func hot(name string, size int64) bool {
-	if size <= smallFile {
-		return true
-	}
-	dir, base := path.Split(name)
-	node, fork, _ := strings.Cut(base, "_")
-	if fork == "fsm" || fork == "vm" {
-		return true
-	}
-	node, _, _ = strings.Cut(node, ".")
-	oid, err := strconv.ParseUint(node, 10, 32)
-	return err == nil && oid < firstNormalOID && size <= largeHotCatalog &&
-		(strings.HasPrefix(dir, dataDir+"/base/") || dir == dataDir+"/global/")
 }

@@ -227,27 +227,6 @@ func FuzzDecodeBaseBackup(f *testing.F) {
 	})
 }
 
-func TestHot(t *testing.T) {
-	for name, want := range map[string]bool{
-		"pgdata/base/5/1259":       true,
-		"pgdata/base/5/1249.1":     true,
-		"pgdata/base/5/16384":      false,
-		"pgdata/base/5/16384_vm":   true,
-		"pgdata/base/5/16384_fsm":  true,
-		"pgdata/base/5/16384_init": false,
-		"pgdata/global/1262":       true,
-		"pgdata/pg_xact/0001":      false,
-		"tablespaces/1/PG_15/5/99": false,
-	} {
-		if got := hot(name, 1<<20); got != want {
-			t.Errorf("hot(%q) = %v", name, got)
-		}
-	}
-	if !hot("pgdata/pg_xact/0001", 8192) || hot("pgdata/base/5/2613", 1<<30) {
-		t.Error("the size does not count")
-	}
-}
-
 // What is not the manifest's fails the backup, one way or the other.
 func TestVerifyFiles(t *testing.T) {
 	verify := func(files []pg.ManifestFile, sent []arrival) error {

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -17,7 +18,8 @@ import (
 
 // troubled shows a directory as a file system in which reading has the trouble that the test wishes.
 type troubled struct {
-	dir string // where it is mounted
+	dir      string       // where it is mounted
+	requests atomic.Int64 // opens to read
 
 	mu      sync.Mutex
 	trouble trouble
@@ -31,19 +33,18 @@ const (
 	silent          // nothing is answered
 	failing         // all is EIO
 	wrong           // one bit of each read is wrong
+	slow            // each request takes slowRequest, however much it reads: pgthaw opens a file for each
 )
 
-// trouble mounts a file system over dir at a directory of its own, until the test ends.
+// newTroubled mounts a file system over dir at a directory of its own, until the test ends.
 func newTroubled(t *testing.T, dir string) *troubled {
 	t.Helper()
 	d := &troubled{dir: filepath.Join(tempDir(t), "troubled"), over: make(chan struct{})}
 	if err := syscall.Mkdir(d.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	root := &fs.LoopbackRoot{Path: dir, NewNode: func(root *fs.LoopbackRoot, _ *fs.Inode, _ string, _ *syscall.Stat_t) fs.InodeEmbedder {
-		return &troubledNode{LoopbackNode: fs.LoopbackNode{RootData: root}, d: d}
-	}}
-	root.RootNode = root.NewNode(root, nil, "", nil)
+	root := &fs.LoopbackRoot{Path: dir}
+	root.RootNode = &troubledNode{fs.LoopbackNode{RootData: root}, d}
 	server, err := fs.Mount(d.dir, root.RootNode, &fs.Options{MountOptions: fuse.MountOptions{AllowOther: true, FsName: dir, Name: "troubled", DirectMount: true}})
 	if err != nil {
 		t.Fatal(err)
@@ -89,6 +90,11 @@ type troubledNode struct {
 	d *troubled
 }
 
+// WrapChild makes the nodes below what the root is.
+func (n *troubledNode) WrapChild(_ context.Context, made fs.InodeEmbedder) fs.InodeEmbedder {
+	return &troubledNode{fs.LoopbackNode{RootData: made.(*fs.LoopbackNode).RootData}, n.d}
+}
+
 func (n *troubledNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	if _, errno := n.d.gate(ctx); errno != 0 {
 		return nil, errno
@@ -98,8 +104,12 @@ func (n *troubledNode) Lookup(ctx context.Context, name string, out *fuse.EntryO
 
 // Open has the kernel ask for each read, without a cache of its own.
 func (n *troubledNode) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
-	if _, errno := n.d.gate(ctx); errno != 0 {
+	now, errno := n.d.gate(ctx)
+	if errno != 0 {
 		return nil, 0, errno
+	}
+	if n.d.requests.Add(1); now == slow {
+		time.Sleep(slowRequest)
 	}
 	h, _, errno := n.LoopbackNode.Open(ctx, flags)
 	if errno != 0 || flags&syscall.O_ACCMODE != syscall.O_RDONLY {

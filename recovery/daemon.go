@@ -45,6 +45,8 @@ type daemon struct {
 	repo     *repo.Repository
 	overlays []*mounted // the data directory first
 	pace     pace
+	starting starting
+	ahead    *walAhead
 
 	unmounting sync.Mutex // held while mounts are taken off, so that only one does it; taken before mu
 
@@ -128,7 +130,8 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 		return err
 	}
 	defer control.Close()
-	if err := d.mountAll(ctx, d.repo.OpenBackup(m)); err != nil {
+	b := d.repo.OpenBackup(m)
+	if err := d.mountAll(ctx, b); err != nil {
 		return err
 	}
 	d.leaveMounts() // what is whole already, before anybody can have a file open
@@ -140,6 +143,10 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 	answering, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
 	var g errgroup.Group
+	g.Go(func() error { d.prefetchStart(answering, b); return nil })
+	g.Go(func() error { d.recordStart(answering, m); return nil })
+	d.ahead = newWALAhead(d, b)
+	g.Go(func() error { d.ahead.run(answering); return nil })
 	g.Go(func() error {
 		return serveControl(control, owner, func(q request) reply { return d.answer(answering, q) })
 	})
@@ -188,7 +195,7 @@ func (d *daemon) endSession(ctx context.Context, s *repo.Session) {
 func (d *daemon) mountAll(ctx context.Context, b *repo.Backup) error {
 	for i, r := range d.record.Roots {
 		o := fusefs.OverlayOptions{
-			Log: d.log, AllowOther: os.Geteuid() == 0, Passthrough: true, FillOnRead: true,
+			Log: d.log, AllowOther: os.Geteuid() == 0, Passthrough: true, FillOnRead: true, Touched: d.starting.touched,
 			Leave: fusefs.Whole, // a tablespace: the server reaches it by its absolute path
 		}
 		if i == 0 {
@@ -480,7 +487,7 @@ func (d *daemon) answer(ctx context.Context, q request) reply {
 func (d *daemon) wal(ctx context.Context, q request) (r reply) {
 	err := fmt.Errorf("this is a copy of cluster %s, not of %s", d.record.Cluster, q.Cluster)
 	if q.Cluster == d.record.Cluster {
-		r.wal, err = walFile(ctx, d.repo, q.Cluster, q.WAL)
+		r.wal, err = d.ahead.get(ctx, q.WAL)
 	}
 	if err != nil {
 		return reply{Error: err.Error(), Absent: errors.Is(err, repo.ErrNoWAL)}

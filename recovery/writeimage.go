@@ -180,9 +180,6 @@ func (i *imageWriter) link(name string) error {
 	return i.w.Keep(name, name, e)
 }
 
-// smallFile is the size up to which a file lies with those that every start reads.
-const smallFile = 64 << 10
-
 func (i *imageWriter) file(name, at string) error {
 	f, err := os.OpenFile(at, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
 	if err != nil {
@@ -197,7 +194,7 @@ func (i *imageWriter) file(name, at string) error {
 	if err != nil {
 		return err
 	}
-	hot := e.Size <= smallFile
+	hot := repo.Hot(name, e.Size)
 	if base != "" {
 		return i.w.AddPatched(name, e, hot, repo.Patch{Base: base, Limit: limit, Data: data, Local: f})
 	}

@@ -139,7 +139,7 @@ type checkedCluster struct {
 // run goes through the phases. Manifests come first: what they need was there before them, so what is listed later and lacks
 // something they need is damaged, whatever is written meanwhile.
 func (c *checker) run(ctx context.Context) error {
-	phases := []func(context.Context) error{c.checkKeySlots, c.checkSessions, c.checkBackups, c.checkHolds, c.checkWAL, c.checkPacks}
+	phases := []func(context.Context) error{c.checkKeySlots, c.checkSessions, c.checkBackups, c.checkHolds, c.checkStarts, c.checkWAL, c.checkPacks}
 	if c.o.Maps {
 		phases = append(phases, c.checkMaps, c.checkWALObjects)
 	}

@@ -10,8 +10,10 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"pgthaw/repo/pg"
 )
@@ -73,8 +75,14 @@ func checkGolden(t *testing.T, dir string, keys []Key) {
 	if err != nil || string(got) != goldenHistory {
 		t.Errorf("history file %q, %v", got, err)
 	}
+	if s, err := r.Start(t.Context(), "main"); err != nil || !reflect.DeepEqual(*s, goldenStart) {
+		t.Errorf("start record %+v, %v", s, err)
+	}
 	checkGoldenDamage(t, r)
 }
+
+var goldenStart = StartRecord{Cluster: "main", Backup: "20260101T000000.000Z-0000", MadeAt: time.Unix(1_767_225_600, 0).UTC(),
+	Reads: []Span{{"pgdata/base/5/2", 0, 2 * PageSize}, {"pgdata/base/5/1", 7 * PageSize, PageSize}}}
 
 const goldenHistory = "1\t0/3000000\tno recovery target specified\n"
 
@@ -110,6 +118,9 @@ func writeGolden(t *testing.T, dir string, keys []Key) {
 	writeTestBackup(t, r, second, b)
 	err = r.PutWAL(t.Context(), "main", goldenWAL, []byte(goldenHistory))
 	if err = errors.Join(err, os.RemoveAll(filepath.Join(dir, sessionsPrefix))); err != nil { // sessions name this host
+		t.Fatal(err)
+	}
+	if err := r.PutStart(t.Context(), goldenStart); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.recordDamage(t.Context(), goldenDamaged.key(), errGoldenDamage); err != nil {

@@ -403,6 +403,9 @@ func (p *pruner) reclaim(ctx context.Context) error {
 	if err := p.sweep(ctx, i); err != nil {
 		return err
 	}
+	if err := p.forgetStarts(ctx, i); err != nil {
+		return err
+	}
 	return p.forgetDamage(ctx, i.named)
 }
 

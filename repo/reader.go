@@ -153,7 +153,7 @@ func (b *Backup) Open(ctx context.Context, e Entry) (*File, error) {
 		}
 		return f, err
 	}
-	m, err := b.r.fileMap(ctx, e)
+	m, err := b.r.openMap(ctx, e)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", e.Name, err)
 	}

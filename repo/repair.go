@@ -97,6 +97,8 @@ func (k *repairer) mend(ctx context.Context, f Finding) (Remedy, error) {
 		err = k.pack(ctx, &m)
 	case first == "wal":
 		err = k.wal(ctx, &m)
+	case first == "starts":
+		err = k.start(ctx, &m)
 	case first == "clusters":
 		err = k.cluster(ctx, &m)
 	case first == "backups":

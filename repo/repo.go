@@ -40,6 +40,7 @@ type Place struct {
 const (
 	defaultCacheBytes = 64 << 20
 	treeCacheBytes    = 64 << 20
+	mapCacheBytes     = 32 << 20
 	editionCacheBytes = 16 << 20
 )
 
@@ -60,6 +61,7 @@ type Repository struct {
 	read   atomic.Int64       // bytes fetched from the store
 	chunks *cache[ID, []byte] // content of chunks and of blocks of WAL: by what it is, never by where it lay
 	trees  *cache[ID, *Listing]
+	maps   *cache[ID, *fileMap]
 	heads  *cache[string, *walHead]
 
 	editions *cache[PackID, *edition] // tables of packs that were compacted
@@ -117,6 +119,7 @@ func openStore(ctx context.Context, s store.Store, url string, o Options) (*Repo
 func (r *Repository) emptyCaches(chunkBytes int64) {
 	r.chunks = newCache[ID, []byte](chunkBytes)
 	r.trees = newCache[ID, *Listing](treeCacheBytes)
+	r.maps = newCache[ID, *fileMap](mapCacheBytes)
 	r.heads = newCache[string, *walHead](treeCacheBytes)
 	r.editions = newCache[PackID, *edition](editionCacheBytes)
 }

@@ -105,7 +105,7 @@ func countOperations(t *testing.T, s *synthetic, spec syntheticSpec) {
 			map[string]int{"list clusters/": 1, "get clusters/": 2, "list backups/": 2, "get manifest": n, "get pack list": n, "list ": 1, "list sessions/": 1}},
 		{"check the structure", func() error { return checkStructure(t, r) },
 			map[string]int{"list keys/": 1, "list clusters/": 1, "get clusters/": 1, "list backups/": 1, "get manifest": n, "get pack list": n,
-				"get backups/": n, "list sessions/": 1, "get sessions/": 1, "list wal/": 1, "list damaged/": 1, "list packs/": 1}},
+				"get backups/": n, "list sessions/": 1, "list starts/": 1, "get sessions/": 1, "list wal/": 1, "list damaged/": 1, "list packs/": 1}},
 	} {
 		if got := counts.during(t, step.do); !maps.Equal(got, step.want) {
 			t.Errorf("%s: %v, want %v", step.what, got, step.want)

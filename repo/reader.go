@@ -136,6 +136,7 @@ type File struct {
 type fileContent interface {
 	readAt(p []byte, off int64) error // p lies within the file
 	data(yield func(off, n int64) bool)
+	within(ctx context.Context) fileContent // the same, for reads that ctx bounds
 }
 
 // Open opens a regular file, reading its map, and only that. The context bounds all later reads.
@@ -203,6 +204,9 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
+// within returns the file with another context for its reads.
+func (f *File) within(ctx context.Context) *File { return &File{f.size, f.content.within(ctx)} }
+
 // Data gives the runs (offset, length) of bytes that are not known to be zeros, ascending.
 func (f *File) Data() iter.Seq2[int64, int64] { return f.content.data }
 
@@ -219,6 +223,8 @@ func (f inlineFile) data(yield func(off, n int64) bool) {
 	}
 }
 
+func (f inlineFile) within(context.Context) fileContent { return f }
+
 // mappedFile is a file whose bytes lie in chunks.
 type mappedFile struct {
 	r   *Repository
@@ -227,6 +233,8 @@ type mappedFile struct {
 }
 
 func (f *mappedFile) data(yield func(off, n int64) bool) { f.m.data()(yield) }
+
+func (f *mappedFile) within(ctx context.Context) fileContent { return &mappedFile{f.r, ctx, f.m} }
 
 // maxFetch is how many stored bytes of neighbouring chunks one read of the store brings at most.
 const maxFetch = 4 << 20
@@ -310,9 +318,9 @@ func (f *mappedFile) fetch(parts []part) error {
 	if err != nil {
 		return err
 	}
-	for _, p := range parts {
+	for i, p := range parts {
 		frame := frames[p.ref.Offset-first.Offset:][:p.ref.Length]
-		content, err := f.r.decodeChunk(p.ref, frame, p.dst[:0:len(p.dst)])
+		content, err := f.r.decodeChunk(p.ref, frame, roomOf(parts[i:]))
 		if err != nil {
 			return err
 		}
@@ -321,6 +329,15 @@ func (f *mappedFile) fetch(parts []part) error {
 		}
 	}
 	return nil
+}
+
+// roomOf is the first part's place. If the next part's is right behind, which gets its bytes later, it has some slack.
+func roomOf(parts []part) []byte {
+	dst := parts[0].dst
+	if len(parts) > 1 && cap(parts[1].dst) == cap(dst)-len(dst) {
+		return dst[: 0 : len(dst)+slack]
+	}
+	return dst[:0:len(dst)]
 }
 
 // decodeChunk opens a chunk in place, decompresses it, as chunkContent does, and verifies it.

@@ -431,6 +431,8 @@ func (w *walFile) readAt(p []byte, off int64) error {
 	return nil
 }
 
+func (w *walFile) within(ctx context.Context) fileContent { return &walFile{w.r, ctx, w.key, w.head} }
+
 func (w *walFile) block(i int) ([]byte, error) {
 	h := w.head
 	return w.r.chunks.get(h.Blocks[i].ID, func() ([]byte, int64, error) {

@@ -42,14 +42,16 @@ func Browse(ctx context.Context, dir string, r *repo.Repository, o BrowseOptions
 }
 
 func browse(ctx context.Context, dir string, r *repo.Repository, o BrowseOptions, limit int64) (*Mount, error) {
-	b := &browser{repo: r, ctx: ctx, faults: newFaults(o.Log), as: o.AsUser, owner: Owner{uint32(os.Geteuid()), uint32(os.Getegid())}}
+	b := &browser{repo: r, ctx: ctx, ahead: repo.NewReadAhead(ctx), faults: newFaults(o.Log), as: o.AsUser,
+		owner: Owner{uint32(os.Geteuid()), uint32(os.Getegid())}}
 	if o.AsUser != nil {
 		b.owner = *o.AsUser
 	}
 	root := &rootDir{place{b: b}}
 	b.trimmer = newTrimmer(root.EmbeddedInode(), limit)
-	m, err := mountBrowser(ctx, dir, root, b.trimmer, o)
+	m, err := mountBrowser(ctx, dir, root, b, o)
 	if err != nil {
+		b.ahead.Close()
 		return nil, fmt.Errorf("mount %s: %w", dir, err)
 	}
 	return m, nil
@@ -66,6 +68,7 @@ const (
 type browser struct {
 	repo   *repo.Repository
 	ctx    context.Context // the mount's. Not a request's: whoever gets a signal would see EINTR where a file system has none
+	ahead  *repo.ReadAhead
 	faults *faults
 	owner  Owner  // of what is not in a backup
 	as     *Owner // of all else, if not nil

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -92,36 +93,97 @@ func forget(b *testing.B, f *os.File) {
 	}
 }
 
-// BenchmarkBrowseSequential reads a relation segment from front to back in reads of 1 MiB, as dd bs=1M does.
-func BenchmarkBrowseSequential(b *testing.B) {
+// openBench mounts a relation segment and opens it.
+func openBench(b *testing.B) (*os.File, *child) {
+	b.Helper()
 	repository, file := benchRepository(b)
-	dir, _ := browseIn(b, repository)
+	dir, c := browseIn(b, repository)
 	f, err := os.Open(filepath.Join(dir, file))
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer f.Close()
-	b.SetBytes(benchSize)
+	b.Cleanup(func() { f.Close() })
+	return f, c
+}
+
+// processorTime is what a child has used, of user and system.
+func (c *child) processorTime(b *testing.B) time.Duration {
+	b.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.cmd.Process.Pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, fields, _ := strings.Cut(string(stat), ") ") // proc_pid_stat(5): the 14th and 15th, in hundredths of a second
+	var user, system int64
+	if _, err := fmt.Sscan(strings.Join(strings.Fields(fields)[11:13], " "), &user, &system); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(user+system) * time.Second / 100
+}
+
+// readThrough reads a file from front to back in reads of 1 MiB, as dd bs=1M does.
+func readThrough(f *os.File) error {
 	p := make([]byte, 1<<20)
-	for b.Loop() {
-		forget(b, f)
-		for off := int64(0); off < benchSize; off += int64(len(p)) {
-			if _, err := f.ReadAt(p, off); err != nil {
-				b.Fatal(err)
-			}
+	for off := int64(0); off < benchSize; off += int64(len(p)) {
+		if _, err := f.ReadAt(p, off); err != nil {
+			return err
 		}
 	}
+	return nil
+}
+
+// BenchmarkBrowseSequential reads a relation segment from front to back. Its processor time is the mount's alone.
+func BenchmarkBrowseSequential(b *testing.B) {
+	f, c := openBench(b)
+	b.SetBytes(benchSize)
+	before := c.processorTime(b)
+	for b.Loop() {
+		forget(b, f)
+		if err := readThrough(f); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric((c.processorTime(b)-before).Seconds()/float64(b.N)/benchSize*1e9, "cpu-s/GB")
 }
 
 // BenchmarkBrowseRandom reads pages from all over a relation segment.
 func BenchmarkBrowseRandom(b *testing.B) {
-	repository, file := benchRepository(b)
-	dir, _ := browseIn(b, repository)
-	f, err := os.Open(filepath.Join(dir, file))
+	f, _ := openBench(b)
+	readRandomPages(b, f)
+}
+
+// BenchmarkBrowseRandomBesideSequential does so while somebody else reads the file from front to back, again and again.
+func BenchmarkBrowseRandomBesideSequential(b *testing.B) {
+	f, _ := openBench(b)
+	beside, err := os.Open(f.Name())
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer f.Close()
+	defer beside.Close()
+	done, ended := make(chan struct{}), make(chan error)
+	go func() {
+		for {
+			select {
+			case <-done:
+				ended <- nil
+				return
+			default:
+			}
+			err := errors.Join(unix.Fadvise(int(beside.Fd()), 0, 0, unix.FADV_DONTNEED), readThrough(beside))
+			if err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	readRandomPages(b, f)
+	close(done)
+	if err := <-ended; err != nil {
+		b.Fatal(err)
+	}
+}
+
+func readRandomPages(b *testing.B, f *os.File) {
 	forget(b, f)
 	rng := rand.New(rand.NewPCG(3, 4))
 	p := make([]byte, 8192)

@@ -270,7 +270,7 @@ func (f *walFile) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.
 	if err != nil {
 		return nil, 0, f.b.fail("open", f.path, err)
 	}
-	return &readHandle{f.b, file, f.path}, openFlags, 0
+	return f.b.handle(file, f.path), openFlags, 0
 }
 
 // backupDir is the root of a backup, with the manifest beside its directories.

@@ -24,7 +24,7 @@ type Mount struct {
 }
 
 // Larger requests and windows were not faster, and took more memory: what limits a sequential read is decompressing,
-// verifying and copying, on all cores.
+// verifying and copying, on all cores. How much is decompressed ahead of these requests is repo.ReadAhead's affair.
 const (
 	// maxRead is the largest read request, bytes: two chunks, fetched together.
 	maxRead = 256 << 10
@@ -35,7 +35,7 @@ const (
 	maxBackground = 32
 )
 
-func mountBrowser(ctx context.Context, dir string, root fs.InodeEmbedder, t *trimmer, o BrowseOptions) (*Mount, error) {
+func mountBrowser(ctx context.Context, dir string, root fs.InodeEmbedder, b *browser, o BrowseOptions) (*Mount, error) {
 	abs, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
@@ -56,9 +56,9 @@ func mountBrowser(ctx context.Context, dir string, root fs.InodeEmbedder, t *tri
 	}
 	m := &Mount{dir: abs, served: served, done: make(chan struct{})}
 	var running sync.WaitGroup
-	running.Go(func() { t.run(ctx, served) })
+	running.Go(func() { b.trimmer.run(ctx, served) })
 	running.Go(func() { m.err = m.run(ctx) })
-	go func() { running.Wait(); close(m.done) }()
+	go func() { running.Wait(); b.ahead.Close(); close(m.done) }()
 	return m, nil
 }
 
@@ -69,6 +69,7 @@ func mountOptions(o BrowseOptions) fuse.MountOptions {
 		AllowOther: o.AllowOther, Options: []string{"default_permissions"},
 		MaxWrite: maxRead, MaxReadAhead: maxRead, MaxBackground: maxBackground,
 		DisableXAttrs: true, ExplicitDataCacheControl: true, EnableSymlinkCaching: true,
+		DisableSplice: true, // what we answer lies in memory: go-fuse would fill a pipe, and find that out then
 		// The kernel asks for attributes beside names only where somebody wants them: a node for each of a million files that are
 		// merely listed costs half a minute.
 		ExtraCapabilities: fuse.CAP_READDIRPLUS_AUTO,

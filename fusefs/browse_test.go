@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,6 +35,7 @@ import (
 // remember.
 func browseChild(ctx context.Context, args []string, ready func()) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	before := runtime.NumGoroutine()
 	r, err := repo.Open(ctx, args[0], repo.Options{Log: log})
 	if err != nil {
 		return err
@@ -55,7 +57,26 @@ func browseChild(ctx context.Context, args []string, ready func()) error {
 		return err
 	}
 	ready()
-	return m.Wait()
+	if err := m.Wait(); err != nil {
+		return err
+	}
+	return endedAll(m, before)
+}
+
+// endedAll waits until a mount that was taken away has left no goroutines behind, for at most half a minute.
+func endedAll(m *Mount, before int) error {
+	select {
+	case <-m.served:
+	default:
+		return nil // somebody still uses it, and is served until this process ends
+	}
+	for deadline := time.Now().Add(30 * time.Second); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			all := make([]byte, 1<<16)
+			return fmt.Errorf("goroutines left behind:\n%s", all[:runtime.Stack(all, true)])
+		}
+	}
+	return nil
 }
 
 const (

@@ -2,8 +2,8 @@ package fusefs
 
 import (
 	"context"
-	"io"
 	"path"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -191,7 +191,7 @@ func (f *treeFile) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall
 	if err != nil {
 		return nil, 0, f.fail("open", err)
 	}
-	return &readHandle{f.b, file, f.mountPath()}, openFlags, 0
+	return f.b.handle(file, f.mountPath()), openFlags, 0
 }
 
 // openFlags: what was read stays in the page cache after close(2), for it cannot change; and there is nothing to flush.
@@ -200,18 +200,46 @@ const openFlags = fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_NOFLUSH
 // readHandle is an open file of a backup or of the WAL.
 type readHandle struct {
 	b    *browser
-	file *repo.File
+	file *repo.AheadFile
 	path string // in the mount
+}
+
+func (b *browser) handle(file *repo.File, path string) *readHandle {
+	return &readHandle{b, b.ahead.Open(file), path}
+}
+
+// Release ends the handle, and what is read ahead for it.
+func (f *readHandle) Release(context.Context) syscall.Errno {
+	f.file.Close()
+	return 0
 }
 
 // Read gives verified bytes or EIO.
 func (f *readHandle) Read(_ context.Context, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
-	n, err := f.file.ReadAt(dest, off)
-	if err != nil && err != io.EOF {
+	b, err := f.file.Read(dest, off)
+	if err != nil {
 		return nil, syscall.Errno(f.b.faults.eio("read", identity(f.path, 0).Ino, wrapPath(f.path, err)))
 	}
-	return fuse.ReadResultData(dest[:n]), 0
+	return readResult{b}, 0
 }
+
+// readResult has go-fuse write the bytes to the kernel from where they lie.
+type readResult struct{ b *repo.AheadBytes }
+
+// Slices is what go-fuse asks for first.
+func (r readResult) Slices() ([][]byte, fuse.Status) { return r.b.Parts, fuse.OK }
+
+func (r readResult) Bytes([]byte) ([]byte, fuse.Status) { return slices.Concat(r.b.Parts...), fuse.OK }
+
+func (r readResult) Size() (n int) {
+	for _, part := range r.b.Parts {
+		n += len(part)
+	}
+	return n
+}
+
+// Done is called when the kernel has them; where there are none it is not.
+func (r readResult) Done() { r.b.Release() }
 
 // Values of whence that the kernel sends for lseek(2) besides those it answers itself.
 const (

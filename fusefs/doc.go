@@ -3,7 +3,8 @@
 //
 // # The browser
 //
-// Browse mounts a repository: clusters, backups, their files, WAL. It builds on go-fuse's fs package. See browse.go.
+// Browse mounts a repository: clusters, backups, their files, WAL. It builds on go-fuse's fs package. See browse.go. All its open files
+// are of one repo.ReadAhead, which reads on for who reads from front to back.
 //
 // # The overlay
 //

@@ -5,6 +5,7 @@
 //	Repository    an open repository; Init and Open make one
 //	Manifest      what a backup says of itself; Backups, Manifest
 //	Backup, File  a backup open for reading: a tree of Entries, files as io.ReaderAt; OpenBackup
+//	ReadAhead     files read ahead of those who read them from front to back: AheadFile
 //	Image         a backup as a server has left it that recovered from it; AddPatched, Keep, ImagesOf
 //	BackupWriter  the writing side, inside WriteBackup, which publishes all or nothing
 //	WALHead       a WAL file without its bytes; PutWAL, WAL, WALNames
@@ -30,7 +31,7 @@
 // directory. On its way out it passes through tree.go, filemap.go and reader.go.
 //
 // Locks, in the order in which they may be taken: fileJob.mu, packer.mu, packWriters.mu; directory.mu, chunkIndex.mu,
-// liveBytes.mu, pieceWalk.mu and cache.mu are leaves, and so is repacker.mu but for the Progress that is called under it. fileJob.mu is held while a chunk of loose pages, or the listing that the file
+// liveBytes.mu, pieceWalk.mu, ReadAhead.mu and cache.mu are leaves, and so is repacker.mu but for the Progress that is called under it. fileJob.mu is held while a chunk of loose pages, or the listing that the file
 // completes, is compressed, packer.mu while a full pack waits for an upload to begin: that is what bounds memory. witness.mu
 // is a leaf, held while the host's memory is changed: a file of some 200 bytes. No other lock is held over I/O.
 package repo

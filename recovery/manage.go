@@ -185,7 +185,7 @@ func Finish(ctx context.Context, dir string, progress func(Progress)) error {
 			return err
 		}
 		// The daemon counts the files for each answer: of a million it should not do nothing else.
-		wait(ctx, min(max(50*time.Millisecond, 4*time.Since(asked)), 5*time.Second))
+		wait(ctx, min(max(50*time.Millisecond, 9*time.Since(asked)), 5*time.Second))
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}

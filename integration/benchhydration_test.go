@@ -155,6 +155,7 @@ var pgbenchTPS = regexp.MustCompile(`tps = ([0-9.]+)`)
 
 func (b *bench) tpcB(c *cluster) float64 {
 	b.t.Helper()
+	waitFor(b.t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
 	report := c.pgbench("--client", "8", "--jobs", "2", "--time", "10", "--no-vacuum")
 	m := pgbenchTPS.FindStringSubmatch(report)
 	if m == nil {

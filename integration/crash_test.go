@@ -121,6 +121,11 @@ func (k *life) thaw(hydrate string) {
 		k.t.Fatal(err)
 	}
 	k.t.Cleanup(func() { unmount(k.beneath) })
+	k.thawTo(hydrate)
+}
+
+func (k *life) thawTo(hydrate string) {
+	k.t.Helper()
 	args := []string{"--hydrate", hydrate}
 	for _, name := range []string{"fast", "slow", "spare"} {
 		args = append(args, "--tablespace-mapping", filepath.Join(k.crashSource.dir, "tablespace "+name)+"="+filepath.Join(k.dir, name))

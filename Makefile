@@ -40,10 +40,12 @@ integration:
 	@./integration/setup.sh test
 	$(GO) test -count=1 -timeout 40m -parallel $$(($$(nproc) * 2)) ./integration $(ARGS)
 
-# Longer campaigns of the tests whose names begin with TestCrash.
+# Longer campaigns of the tests whose names begin with TestCrash. PGTHAW_CRASH_ROUNDS is how long. PGTHAW_CRASH_DIR names a
+# directory in which TestCrashCampaign keeps its seed, how far it came, what it hit, and a log: run again, it goes on from there.
+#   make crash PGTHAW_CRASH_ROUNDS=1000 PGTHAW_CRASH_DIR=$$HOME/campaign ARGS="-run ^TestCrashCampaign$$"
 crash:
 	@./integration/setup.sh test
-	PGTHAW_CRASH_ROUNDS=$${PGTHAW_CRASH_ROUNDS:-50} $(GO) test -count=1 -timeout 120m -run '^TestCrash' -v ./integration ./repo/... $(ARGS)
+	PGTHAW_CRASH_ROUNDS=$${PGTHAW_CRASH_ROUNDS:-50} $(GO) test -count=1 -timeout 24h -run '^TestCrash' -v ./integration ./fusefs ./repo/... $(ARGS)
 
 # Every fuzz test of every package, FUZZTIME each.
 fuzz:

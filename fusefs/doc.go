@@ -42,6 +42,7 @@
 //   - What a closed branch holds is whole, no handle of it is cached, and the kernel may remember nothing of it: it may change
 //     without the mount. Nothing with holes comes into a branch from another.
 //   - What the repository cannot give, or what it gives and cannot be verified, is EIO, and nothing else.
+//   - Nobody here waits for an answer of the own mount but on a thread that holds nothing open: see apart.
 //
 // Locks, in the order in which they are taken: Overlay.mount, Overlay.life; file.beside.writing, which is held while the disk writes; handles.mu, file.content; file.lowerMu with none of
 // these held. branch.mu, branches.mu, nodes.mu, dirHandles.mu, traffic.mu, hydrator.mu, rate.mu and faults.mu are leaves. mount is never taken by what answers

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -54,8 +55,12 @@ func (v *Overlay) Leave() error {
 
 // closeReady closes the branches that can leave. Caller holds mount.
 func (v *Overlay) closeReady() (ready []*branch, err error) {
+	bound, err := v.bound()
+	if err != nil {
+		return nil, err
+	}
 	err = v.eachBranch(func(b *branch) error {
-		if b == v.top && v.o.Leave != Whole || v.hidden[b.name] || v.bound(b) {
+		if b == v.top && v.o.Leave != Whole || v.hidden[b.name] || bound(b) {
 			return nil
 		}
 		whole, err := v.wholeBranch(b)
@@ -67,13 +72,18 @@ func (v *Overlay) closeReady() (ready []*branch, err error) {
 	return ready, err
 }
 
-// bound tells whether another file system lies over a branch.
-func (v *Overlay) bound(b *branch) bool {
-	dev, _, err := devIno(filepath.Join(v.dir, b.name), unix.AT_SYMLINK_NOFOLLOW)
-	return err == nil && dev != v.dev
+// bound returns a function that tells whether another file system lies over a branch now. To look there would be to ask
+// ourselves: see apart.
+func (v *Overlay) bound() (func(b *branch) bool, error) {
+	at, err := mountPoint(v.dir)
+	if err != nil {
+		return nil, err
+	}
+	all, err := mounts()
+	return func(b *branch) bool { return b != v.top && all[filepath.Join(at, b.name)] != "" }, err
 }
 
-// devIno asks the kernel for what it knows by itself: a mount of ours is not asked.
+// devIno asks the kernel for what it knows by itself: a mount of ours is not asked, unless the path leads through it.
 func devIno(path string, flags int) (dev, ino uint64, err error) {
 	var st unix.Statx_t
 	if err := unix.Statx(unix.AT_FDCWD, path, flags|unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &st); err != nil {
@@ -188,16 +198,21 @@ func (v *Overlay) bind(b *branch) error {
 		return fmt.Errorf("clone the mount of %s: %w", b.name, err)
 	}
 	defer unix.Close(from)
+	return apart(from, func() error { return v.cover(from, b.name) })
+}
+
+// cover moves a mount to a name in the root directory.
+func (v *Overlay) cover(from int, name string) error {
 	top, err := unix.Open(v.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open %s: %w", v.dir, err)
 	}
 	defer unix.Close(top)
-	if dev, _, err := devIno(procPath(top), 0); err != nil || dev != v.dev {
+	if dev, _, err := devIno("/proc/thread-self/fd/"+strconv.Itoa(top), 0); err != nil || dev != v.dev {
 		return errors.Join(err, fmt.Errorf("something else is mounted at %s", v.dir))
 	}
-	if err := unix.MoveMount(from, "", top, b.name, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("bind %s over the mount: %w", b.name, err)
+	if err := unix.MoveMount(from, "", top, name, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("bind %s over the mount: %w", name, err)
 	}
 	return nil
 }
@@ -237,7 +252,10 @@ func (v *Overlay) unmountAll() error {
 	}
 	for _, b := range bound {
 		// Whoever is in there has the backing file system, with or without this mount of it.
-		if err := unix.Unmount(filepath.Join(v.dir, b.name), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+		err := apart(-1, func() error {
+			return unix.Unmount(filepath.Join(v.dir, b.name), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		})
+		if err != nil {
 			v.faults.log.Warn("take a bound directory off", "dir", v.dir, "name", b.name, "err", err)
 		}
 	}
@@ -253,17 +271,21 @@ func (v *Overlay) unmountAll() error {
 	return err
 }
 
-func (v *Overlay) boundBranches() (bound []*branch, err error) {
+func (v *Overlay) boundBranches() (all []*branch, err error) {
 	if v.o.Leave != Directories {
 		return nil, nil
 	}
+	bound, err := v.bound()
+	if err != nil {
+		return nil, err
+	}
 	err = v.eachBranch(func(b *branch) error {
-		if b != v.top && v.bound(b) {
-			bound = append(bound, b)
+		if bound(b) {
+			all = append(all, b)
 		}
 		return nil
 	})
-	return bound, err
+	return all, err
 }
 
 // checkIdle spares those who use a mount that is in use that it is uncovered in vain. umount(2) has the last word.
@@ -317,13 +339,15 @@ func (v *Overlay) Branches() (all []Branch) {
 		}
 		return all
 	}
-	err = v.eachBranch(func(b *branch) error {
-		bound := b != v.top && v.bound(b)
-		if bound || b != v.top && b.held() {
-			all = append(all, Branch{filepath.Join(v.dir, b.name), bound, v.holders(b)})
-		}
-		return nil
-	})
+	bound, err := v.bound()
+	if err == nil {
+		err = v.eachBranch(func(b *branch) error {
+			if bound(b) || b != v.top && b.held() {
+				all = append(all, Branch{filepath.Join(v.dir, b.name), bound(b), v.holders(b)})
+			}
+			return nil
+		})
+	}
 	if err != nil {
 		v.faults.eio("list branches", fuse.FUSE_ROOT_ID, err)
 	}

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -343,4 +344,34 @@ func TestLeaveWhole(t *testing.T) {
 		}
 		eventually(t, "the end", func() bool { r, err := v.ask("unmount"); return err == nil && r.Err == "" })
 	})
+}
+
+// A daemon that is killed while it looks at its own mount is gone all the same, and the mount dead: nothing waits for an
+// answer that nobody gives any more.
+func TestLeaveKilled(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to bind directories")
+	}
+	v := thaw(t, leavingTree(), OverlayOptions{Passthrough: true, Leave: Directories})
+	for i := range rounds(40) {
+		if i%4 == 1 {
+			v.do("hydrate")
+		}
+		go v.ask("leave forever")
+		time.Sleep(time.Duration(rand.IntN(10_000)) * time.Microsecond)
+		v.c.cmd.Process.Kill()
+		select {
+		case <-v.c.waited:
+		case <-time.After(10 * time.Second):
+			t.Errorf("round %d: the daemon was killed and has not ended", i)
+			if err := unix.Unmount(v.dir, unix.MNT_FORCE); err != nil { // it lets go of whoever waits
+				t.Log(err)
+			}
+		}
+		v.crash()
+		if t.Failed() {
+			return
+		}
+		v.mount()
+	}
 }

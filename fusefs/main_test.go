@@ -21,6 +21,9 @@ import (
 var children = map[string]func(ctx context.Context, args []string, ready func()) error{
 	"browse":  browseChild,
 	"overlay": overlayChild,
+	"disk":    diskChild,
+	"cuts":    cutsChild,
+	"replay":  replayChild,
 }
 
 const childVariable = "PGTHAW_TEST_CHILD"

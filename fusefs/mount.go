@@ -57,29 +57,38 @@ func mountPoint(dir string) (string, error) {
 }
 
 // mountedAt returns the type of the topmost file system mounted at a path, "" if there is none.
-//
-// proc_pid_mountinfo(5): fields 5 is the mount point; after a field "-" come type, source and options.
 func mountedAt(at string) (kind string, err error) {
+	all, err := mounts()
+	return all[at], err
+}
+
+// mounts lists the types of the topmost file systems by mount point.
+//
+// proc_pid_mountinfo(5): field 5 is the mount point; after a field "-" come type, source and options.
+func mounts() (kinds map[string]string, err error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	defer f.Close()
+	kinds = make(map[string]string)
 	s := bufio.NewScanner(f)
 	s.Buffer(nil, 1<<20)
 	for s.Scan() {
 		before, after, _ := strings.Cut(s.Text(), " - ")
 		fields := strings.Fields(before)
-		if len(fields) < 5 || unescapeMount(fields[4]) != at {
-			continue
+		if len(fields) > 4 {
+			kinds[unescapeMount(fields[4])], _, _ = strings.Cut(after, " ")
 		}
-		kind, _, _ = strings.Cut(after, " ")
 	}
-	return kind, s.Err()
+	return kinds, s.Err()
 }
 
 // unescapeMount undoes the escapes \040, \011, \012 and \134 of mountinfo.
 func unescapeMount(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 

@@ -125,11 +125,9 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 	}
 	v.served = served
 	go v.end()
-	var st unix.Stat_t
-	if err := unix.Stat(dir, &st); err != nil {
+	if v.dev, _, err = devIno(dir, 0); err != nil {
 		return nil, errors.Join(fmt.Errorf("look at the mount at %s: %w", dir, err), v.Unmount())
 	}
-	v.dev = st.Dev
 	if err := raiseReadAhead(dir, overlayReadAheadKB); err != nil {
 		v.faults.log.Debug("read-ahead stays as it is", "dir", dir, "err", err)
 	}

@@ -63,7 +63,7 @@ func overlayChild(ctx context.Context, args []string, ready func()) error {
 	return nil
 }
 
-// answer runs one command of each connection: "hydrate", "status", "leave", "unmount", "prefetch".
+// answer runs one command of each connection: "hydrate", "status", "leave", "leave forever", "unmount", "prefetch".
 func answer(l net.Listener, v *Overlay, b *repo.Backup) {
 	for {
 		c, err := l.Accept()
@@ -83,6 +83,10 @@ func answer(l net.Listener, v *Overlay, b *repo.Backup) {
 				err = prefetchAll(v, b)
 			case "leave\n":
 				err = v.Leave()
+			case "leave forever\n":
+				for err == nil {
+					err = v.Leave()
+				}
 			case "unmount\n":
 				err = v.Unmount()
 			}

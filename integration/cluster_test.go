@@ -164,6 +164,14 @@ func (c *cluster) tryStart() error {
 }
 
 func (c *cluster) startOnce() error {
+	if err := c.launch(); err != nil {
+		return err
+	}
+	return c.waitReady()
+}
+
+// launch starts the server and does not wait for it.
+func (c *cluster) launch() error {
 	c.port = freePort(c.t)
 	log, err := os.OpenFile(c.logFile(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
@@ -182,7 +190,7 @@ func (c *cluster) startOnce() error {
 		_ = cmd.Wait()
 		close(exited)
 	}(c.exited)
-	return c.waitReady()
+	return nil
 }
 
 // waitReady returns once the server answers, or with an error when it exits or takes too long.

@@ -10,7 +10,7 @@
 //
 // Lay makes the bare tree of a backup in the target directory: real directories and links, and for each file that does
 // not lie in the backup's tree itself a placeholder, sparse, of the right size, with an extended attribute that names the
-// lower file and a limit. MountOverlay mounts over the same directory and serves it; Hydrate fills the holes; when no
+// lower file and a limit. MountOverlay mounts over the same directory and serves it; Hydrate fills the holes, Prefetch some before they are wanted; when no
 // placeholder is left, the directory beneath is an ordinary one. The types to know:
 //
 //   - Overlay: the mount; names.go, attr.go, dir.go and io.go answer the kernel's requests, on go-fuse's RawFileSystem.

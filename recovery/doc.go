@@ -13,6 +13,9 @@
 //     place from there (bootimage.go).
 //   - an overlay is a data directory that [Thaw] laid and whose daemon, [Serve], mounts and fills; [Status], [Resume],
 //     [Finish] and [Discard] speak to it over a control socket, or read what it left when it died.
+//   - starting is the start of a server on an overlay: what it wants of the repository is recorded (startrecord.go), and read
+//     beforehand at the next thaw. walAhead (walahead.go) reads WAL before recovery asks for it, and the pages that redo will read.
+//     Both are for speed only, and fail silently.
 //
 // Invariants. Nothing is written before every check has passed. [FetchWAL] says "no such file" only where PostgreSQL may
 // take that for the end of WAL (xlogarchive.c). A directory that is not whole cannot start: a restore writes
@@ -20,5 +23,5 @@
 // or waits for standbys as its original did: its settings come last in postgresql.auto.conf, where they win. What lies in a
 // thawed directory may be the server's user's own invention: root deletes it with that user's rights.
 //
-// Locks: daemon.unmounting, held while mounts are taken off; then daemon.mu, held over no I/O.
+// Locks: daemon.unmounting, held while mounts are taken off; then daemon.mu, held over no I/O. starting.mu and walAhead.mu are leaves.
 package recovery

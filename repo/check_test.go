@@ -571,3 +571,26 @@ func TestCheckBesideArchiving(t *testing.T) {
 		}
 	}
 }
+
+// TestCheckNamesSessions: an object of a session that seems to be a newer pgthaw's is named, as one that is damaged is.
+func TestCheckNamesSessions(t *testing.T) {
+	bothSeals(t, func(t *testing.T, keys ...Key) {
+		r := newMemRepository(t, keys...)
+		writeTestBackup(t, r, testFiles{"pgdata/PG_VERSION": []byte("15\n")}, nil)
+		for key, b := range objectsOf(t, r.store) {
+			if !strings.HasPrefix(key, sessionsPrefix) {
+				continue
+			}
+			newer := flipAt(5)(bytes.Clone(b)) // a sealed document's version; what is plain does not match its checksum then
+			cold := coldRepository(r)
+			cold.store = &damagedStore{Mem: r.store.(*store.Mem), bodies: map[string][]byte{key: newer}}
+			var found []string
+			if _, err := cold.Check(t.Context(), CheckOptions{}, func(f Finding) { found = append(found, f.Object) }); err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Equal(found, []string{key}) {
+				t.Errorf("%s: found %v", key, found)
+			}
+		}
+	})
+}

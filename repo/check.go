@@ -190,9 +190,8 @@ func (c *checker) checkKeySlots(ctx context.Context) error {
 			c.report(Finding{Object: slot.key(), Err: foreign(slot), Cost: "Its label and recipient may be wrong; nothing opens with it."})
 		}
 	}
-	var bad *CorruptError
-	if errors.As(err, &bad) {
-		c.report(Finding{Object: bad.Object, Err: err, Cost: "Whoever holds this key cannot open the repository with it."})
+	if object := objectOf(err); object != "" {
+		c.report(Finding{Object: object, Err: err, Cost: "Whoever holds this key cannot open the repository with it."})
 	}
 	return unanswered(ctx, err)
 }
@@ -200,9 +199,8 @@ func (c *checker) checkKeySlots(ctx context.Context) error {
 // checkSessions reads what is announced. Prune deletes nothing while it does not know what somebody uses.
 func (c *checker) checkSessions(ctx context.Context) error {
 	_, err := c.r.sessions(ctx)
-	var bad *CorruptError
-	if errors.As(err, &bad) {
-		c.report(Finding{Object: bad.Object, Err: err, Cost: "Prune cannot reclaim anything until it is deleted."})
+	if object := objectOf(err); object != "" {
+		c.report(Finding{Object: object, Err: err, Cost: "Prune cannot reclaim anything until it is deleted."})
 	}
 	return unanswered(ctx, err)
 }

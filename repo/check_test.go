@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"pgthaw/repo/pg"
+	"pgthaw/repo/store"
 )
 
 const testSegmentSize = 1 << 20
@@ -518,4 +520,77 @@ func TestCheckEnds(t *testing.T) {
 	if !errors.Is(err, context.Canceled) || found != 1 || len(phases) != 2 {
 		t.Errorf("%v, %d found, phases %v", err, found, phases)
 	}
+}
+
+// blinking lacks keys in its first listing of WAL, as one may that goes on while they are put.
+type blinking struct {
+	store.Store
+	keys []string
+}
+
+func (s *blinking) List(ctx context.Context, prefix string) iter.Seq2[store.Object, error] {
+	keys := s.keys
+	if strings.HasPrefix(prefix, walRoot) {
+		s.keys = nil
+	}
+	return func(yield func(store.Object, error) bool) {
+		for o, err := range s.Store.List(ctx, prefix) {
+			if !slices.Contains(keys, o.Key) && !yield(o, err) {
+				return
+			}
+		}
+	}
+}
+
+// TestCheckBesideArchiving: WAL that the listing lacks, for it came while that went on, is not missing; what is not there is.
+func TestCheckBesideArchiving(t *testing.T) {
+	sound := newCheckedRepo(t)
+	r := sound.open(t)
+	history := pg.WALName{Kind: pg.WALHistory, Timeline: 2}
+	if err := r.PutWAL(t.Context(), "main", history, []byte("1\t0/A00800\tno recovery target specified\n")); err != nil {
+		t.Fatal(err)
+	}
+	for no := range uint64(4) {
+		putTestSegment(t, r, 2, no+10)
+	}
+	for _, keys := range [][]string{{walKey("main", testSegment(1, 6))}, {walKey("main", history)}, {walKey("main", history), walKey("main", testSegment(2, 11))}} {
+		for _, there := range []bool{true, false} {
+			k := sound.copied(t)
+			if !there {
+				for _, key := range keys {
+					k.remove(t, key)
+				}
+			}
+			r := k.open(t)
+			r.store = &blinking{r.store, keys}
+			found := 0
+			checked, err := r.Check(t.Context(), CheckOptions{ReadData: true}, func(f Finding) { found++ })
+			if err != nil || (found == 0) != there || there && checked.WALRead != checked.WALFiles {
+				t.Errorf("%v, there: %v: %d findings, %+v, %v", keys, there, found, checked, err)
+			}
+		}
+	}
+}
+
+// TestCheckNamesSessions: an object of a session that seems to be a newer pgthaw's is named, as one that is damaged is.
+func TestCheckNamesSessions(t *testing.T) {
+	bothSeals(t, func(t *testing.T, keys ...Key) {
+		r := newMemRepository(t, keys...)
+		writeTestBackup(t, r, testFiles{"pgdata/PG_VERSION": []byte("15\n")}, nil)
+		for key, b := range objectsOf(t, r.store) {
+			if !strings.HasPrefix(key, sessionsPrefix) {
+				continue
+			}
+			newer := flipAt(5)(bytes.Clone(b)) // a sealed document's version; what is plain does not match its checksum then
+			cold := coldRepository(r)
+			cold.store = &damagedStore{Mem: r.store.(*store.Mem), bodies: map[string][]byte{key: newer}}
+			var found []string
+			if _, err := cold.Check(t.Context(), CheckOptions{}, func(f Finding) { found = append(found, f.Object) }); err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Equal(found, []string{key}) {
+				t.Errorf("%s: found %v", key, found)
+			}
+		}
+	})
 }

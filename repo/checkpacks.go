@@ -150,9 +150,8 @@ func (c *checker) checkEdition(ctx context.Context, p *checkedPack) error {
 			return err
 		}
 		c.packDamaged(p, err, costPack)
-		var bad *CorruptError
-		if errors.As(err, &bad) && bad.Object != p.id.key() {
-			p.edition = bad.Object
+		if object := objectOf(err); object != p.id.key() {
+			p.edition = object
 		}
 		return nil
 	}

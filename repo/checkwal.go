@@ -140,15 +140,23 @@ func (w *clusterWAL) check(ctx context.Context) error {
 	if err := w.sort(ctx); err != nil {
 		return err
 	}
-	if err := w.readHistories(ctx); err != nil {
-		return err
+	for name := range w.names {
+		if err := w.readHistory(ctx, name); err != nil {
+			return err
+		}
 	}
-	w.checkHistories()
 	for _, m := range w.cl.backups {
 		if err := w.addBackup(ctx, m); err != nil {
 			return err
 		}
 	}
+	for found := true; found; {
+		var err error
+		if found, err = w.listAgain(ctx); err != nil {
+			return err
+		}
+	}
+	w.checkHistories()
 	unarchived := false
 	for _, tli := range w.known() {
 		l := w.line(tli)
@@ -205,43 +213,83 @@ func (w *clusterWAL) sort(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// readHistories reads the history files: small, and one for each timeline.
-func (w *clusterWAL) readHistories(ctx context.Context) error {
-	for name := range w.names {
-		if name.Kind != pg.WALHistory {
-			continue
-		}
-		entries, err := w.c.r.history(ctx, w.cl.name, name)
-		w.histories[name.Timeline] = entries
-		if err != nil {
-			w.unread[name.Timeline] = true
-			w.reportHistory(name.Timeline, name.Timeline, err)
-		}
-		if err := unanswered(ctx, err); err != nil {
-			return err
-		}
+// readHistory reads a file if it is a history file: they are small, and there is one for each timeline.
+func (w *clusterWAL) readHistory(ctx context.Context, name pg.WALName) error {
+	if name.Kind != pg.WALHistory {
+		return nil
 	}
-	return nil
+	entries, err := w.c.r.history(ctx, w.cl.name, name)
+	w.histories[name.Timeline] = entries
+	if err != nil {
+		w.unread[name.Timeline] = true
+		w.reportHistory(name.Timeline, name.Timeline, err)
+	}
+	return unanswered(ctx, err)
 }
 
-// checkHistories finds the history file that recovery misses: it asks for one after the other until one is absent
-// (timeline.c, findNewestTimeLine), and would leave out what lies behind such a hole.
-func (w *clusterWAL) checkHistories() {
+// listAgain takes in what the listing lacks, of what is to be there: one that goes on while WAL is put may show a file, and not the
+// one that was put before.
+func (w *clusterWAL) listAgain(ctx context.Context) (found bool, err error) {
+	known, gaps := w.known(), []walGap(nil)
+	for _, tli := range known {
+		gaps = append(gaps, w.findGaps(w.line(tli))...)
+	}
+	if len(gaps) == 0 && w.missingHistory() == 0 {
+		return false, nil
+	}
+	for o, err := range w.c.r.store.List(ctx, walPrefix(w.cl.name)) {
+		if err != nil {
+			return found, fmt.Errorf("list %s: %w", walPrefix(w.cl.name), err)
+		}
+		_, name, err := parseWALKey(o.Key)
+		history := name.Kind == pg.WALHistory && name.Timeline <= known[len(known)-1]
+		if err != nil || w.names[name] || !history && !w.within(gaps, name) {
+			continue
+		}
+		found = true
+		w.c.done.WALFiles++
+		w.names[name], w.sizes[name] = true, o.Size
+		if err := w.readHistory(ctx, name); err != nil {
+			return found, err
+		}
+		if no, err := name.SegmentNo(w.size); err == nil {
+			w.segments[name.Timeline] = append(w.segments[name.Timeline], no)
+			slices.Sort(w.segments[name.Timeline])
+		}
+	}
+	return found, nil
+}
+
+// within tells whether gaps have the segment of a name.
+func (w *clusterWAL) within(gaps []walGap, name pg.WALName) bool {
+	no, err := name.SegmentNo(w.size)
+	return err == nil && slices.ContainsFunc(gaps, func(g walGap) bool { return g.first <= no && no <= g.last && w.nameOf(g.line, no) == name })
+}
+
+// missingHistory finds the history file that recovery misses: it asks for one after the other until one is absent
+// (timeline.c, findNewestTimeLine), and would leave out what lies behind such a hole. 0: there is none.
+func (w *clusterWAL) missingHistory() pg.Timeline {
 	known := w.known()
 	if len(known) == 0 || len(w.cl.backups) == 0 {
-		return
+		return 0
 	}
 	oldest := w.cl.backups[0].Timeline
 	for _, m := range w.cl.backups {
 		oldest = min(oldest, m.Timeline)
 	}
 	for tli := oldest + 1; tli <= known[len(known)-1]; tli++ {
-		if w.names[pg.WALName{Kind: pg.WALHistory, Timeline: tli}] {
-			continue
+		if !w.names[pg.WALName{Kind: pg.WALHistory, Timeline: tli}] {
+			return tli
 		}
+	}
+	return 0
+}
+
+func (w *clusterWAL) checkHistories() {
+	if tli := w.missingHistory(); tli != 0 {
+		known := w.known()
 		key := walKey(w.cl.name, pg.WALName{Kind: pg.WALHistory, Timeline: tli})
 		w.reportHistory(tli, tli-1, corrupt(key, "it is missing, although there is something of timeline %s", known[len(known)-1]))
-		return
 	}
 }
 
@@ -394,13 +442,7 @@ func (w *clusterWAL) nameOf(l walLine, no uint64) pg.WALName {
 
 // knownMissing tells whether a WAL file lies in a gap that was reported.
 func (w *clusterWAL) knownMissing(name pg.WALName) bool {
-	if len(w.gaps) == 0 {
-		return false // and the size of segments may not be known
-	}
-	no, err := name.SegmentNo(w.cl.size)
-	return err == nil && slices.ContainsFunc(w.gaps, func(g walGap) bool {
-		return g.first <= no && no <= g.last && w.nameOf(g.line, no) == name
-	})
+	return len(w.gaps) > 0 && w.within(w.gaps, name) // without any the size of segments may not be known
 }
 
 // reportGap reports missing segments, once however many lines they are missing on.

@@ -69,3 +69,16 @@ func (e *FormatError) Error() string {
 func corrupt(object, format string, args ...any) error {
 	return &CorruptError{Object: object, Detail: fmt.Sprintf(format, args...)}
 }
+
+// objectOf is the key of the object that cannot be believed, "" where an error is about none.
+func objectOf(err error) string {
+	var bad *CorruptError
+	var newer *FormatError
+	switch {
+	case errors.As(err, &bad):
+		return bad.Object
+	case errors.As(err, &newer):
+		return newer.Object
+	}
+	return ""
+}

@@ -121,7 +121,7 @@ func TestGatherFromEdition(t *testing.T) {
 	}
 	b := writeTestBackup(t, r, second, deleted)
 	repackWithout(t, r, deleted.Manifest)
-	if editionsIn(packKeys(t, r.store)) == 0 {
+	if len(editionsAmong(packKeys(t, r.store))) == 0 {
 		t.Fatal("nothing was repacked")
 	}
 	var spans []Span

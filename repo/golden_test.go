@@ -65,7 +65,7 @@ func checkGolden(t *testing.T, dir string, keys []Key) {
 	if err != nil || len(all) != 2 {
 		t.Fatalf("%d backups, %v", len(all), err)
 	}
-	if editionsIn(packKeys(t, r.store)) == 0 {
+	if len(editionsAmong(packKeys(t, r.store))) == 0 {
 		t.Error("there is no edition")
 	}
 	first, second := goldenFiles()

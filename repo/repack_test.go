@@ -43,7 +43,7 @@ func repackWithout(t testing.TB, r *Repository, m *Manifest) {
 	if err := r.markDeleted(t.Context(), m.Name(), "only a test"); err != nil {
 		t.Fatal(err)
 	}
-	if report := repack(t, r, PruneOptions{}); report.Repacked.Packs == 0 || editionsIn(packKeys(t, r.store)) != report.Repacked.Packs {
+	if report := repack(t, r, PruneOptions{}); report.Repacked.Packs == 0 || len(editionsAmong(packKeys(t, r.store))) != report.Repacked.Packs {
 		t.Fatalf("%+v", report.Repacked)
 	}
 	if err := r.store.Delete(t.Context(), deletedKey(m.Cluster, m.ID)); err != nil {
@@ -71,14 +71,14 @@ func sum(sizes map[string]int64) (n int64) {
 	return n
 }
 
-// editionsIn counts the editions among keys.
-func editionsIn(keys map[string]int64) (n int) {
-	for key := range keys {
+// editionsAmong are the keys of editions.
+func editionsAmong(keys map[string]int64) (all []string) {
+	for _, key := range slices.Sorted(maps.Keys(keys)) {
 		if _, no, ok := editionOfKey(key); ok && no > 0 {
-			n++
+			all = append(all, key)
 		}
 	}
-	return n
+	return all
 }
 
 // churned is a repository of several backups, each of which changed some of many files. Only the last is listed, and what is
@@ -127,8 +127,8 @@ func testRepack(t *testing.T, r *Repository) {
 	report := repack(t, r, PruneOptions{Grace: DefaultGrace})
 	after := packKeys(t, r.store)
 	got := report.Repacked
-	if got.Packs != preview.Repacked.Packs || got.Packs != editionsIn(after) || sum(before)-sum(after)-report.Packs.Bytes != got.Won || got.Won < sum(before)/3 {
-		t.Errorf("%d bytes became %d with %d editions: %+v; the preview was %+v", sum(before), sum(after), editionsIn(after), got, preview.Repacked)
+	if got.Packs != preview.Repacked.Packs || got.Packs != len(editionsAmong(after)) || sum(before)-sum(after)-report.Packs.Bytes != got.Won || got.Won < sum(before)/3 {
+		t.Errorf("%d bytes became %d with %d editions: %+v; the preview was %+v", sum(before), sum(after), len(editionsAmong(after)), got, preview.Repacked)
 	}
 	t.Logf("%d packs with %d bytes became %d: %+v", len(before), sum(before), sum(after), got)
 	checkFiles(t, open, files)
@@ -180,7 +180,7 @@ func TestRepackAgain(t *testing.T) {
 			checkFiles(t, b, files)
 			checkClean(t, r)
 		}
-		if newest := slices.Max(slices.Collect(maps.Keys(packKeys(t, r.store)))); !strings.HasSuffix(newest, ".5") && editionsIn(packKeys(t, r.store)) == 0 {
+		if newest := slices.Max(slices.Collect(maps.Keys(packKeys(t, r.store)))); !strings.HasSuffix(newest, ".5") && len(editionsAmong(packKeys(t, r.store))) == 0 {
 			t.Errorf("the last is %s", newest)
 		}
 	})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -196,6 +197,36 @@ func TestReadWhileEditionsChange(t *testing.T) {
 		}
 		read()
 	}
+}
+
+// Whatever is wrong with an edition's header, it is the edition that a check names: a flip may make it one of a newer format.
+func TestCheckNamesTheEdition(t *testing.T) {
+	bothSeals(t, func(t *testing.T, keys ...Key) {
+		r := newMemRepository(t, keys...)
+		tinyChurn(t, r)
+		repack(t, r, PruneOptions{})
+		key := editionsAmong(packKeys(t, r.store))[0]
+		whole, err := r.store.Get(t.Context(), key, 0, -1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at := range editionHeaderSize {
+			if keys == nil && at >= 16 && at < objectHeaderSize {
+				continue // the salt says nothing where nothing is sealed
+			}
+			damaged := bytes.Clone(whole)
+			damaged[at] ^= 0x80
+			cold := coldRepository(r)
+			cold.store = &damagedStore{Mem: r.store.(*store.Mem), bodies: map[string][]byte{key: damaged}}
+			var found []string
+			if _, err := cold.Check(t.Context(), CheckOptions{}, func(f Finding) { found = append(found, f.Object) }); err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Equal(found, []string{key}) {
+				t.Errorf("byte %d of %s: found %v", at, key, found)
+			}
+		}
+	})
 }
 
 // A reference to what an edition does not hold is damage, and costs the right files.

@@ -75,9 +75,9 @@ const (
 	nextWAL     = "\"pgthaw wal push\" it again, from the server's pg_wal or an archive, or \"pgthaw repo copy\" it back from another repository. Where nobody has it any more, make a backup: recovery goes on from that one."
 	nextHistory = "\"pgthaw wal push\" it again, from a server's pg_wal or an archive, or \"pgthaw repo copy\" it back from another repository."
 	nextKey     = "\"pgthaw repo key remove %s\" takes it away; then give its holder another one with \"pgthaw repo key add\"."
-	nextSession = "Somebody may still work under it, so it stays. Once no backup, restore, thaw, copy or prune that began before %s runs anywhere, delete %s from the storage: prune goes on then."
+	nextSession = "Somebody may still work under it, so it stays. Once no backup, restore, thaw, copy or prune that began before %s runs anywhere, \"pgthaw repo give-up %s\" takes it away: backups and prune go on then."
 	nextHold    = "It goes on holding the backup. \"pgthaw repo hold remove %s\" ends it; \"pgthaw repo hold add\" makes another."
-	nextBackup  = "Nothing in the repository determines what it said. Put it back from a copy of the repository's files, or restore the backup from another repository. The next \"pgthaw backup\" does not depend on it; prune reclaims nothing while it is so."
+	nextBackup  = "Nothing in the repository determines what it said. Put it back from a copy of the repository's files, or restore the backup from another repository. The next \"pgthaw backup\" does not depend on it; prune reclaims nothing while it is so, unless \"pgthaw repo give-up %s\" gives the backup up."
 )
 
 // mend does what can be done about a finding. An error is one that has nothing to do with the finding: there is no point in going on.
@@ -142,7 +142,7 @@ func (k *repairer) backup(ctx context.Context, m *Remedy) error {
 	case ok && holdSuffix.MatchString(suffix):
 		m.Next = fmt.Sprintf(nextHold, holdSuffix.FindStringSubmatch(suffix)[1])
 	default:
-		m.Next = nextBackup
+		m.Next = fmt.Sprintf(nextBackup, m.Object)
 	}
 	return nil
 }

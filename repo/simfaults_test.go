@@ -18,9 +18,13 @@ type simFault struct {
 	name  string
 	fault func(h *simHandle) func(*simOp) (simReply, bool)
 	still func(op *simOp) bool // before what a process stands still for days: chance alone comes to it too seldom
+	kinds []simKind            // nil: simFaultKinds
 }
 
-// simFaultKinds have to do with a fault: writers, prunes, of them one by hand.
+// simHoldKinds have to do with holds. Who deletes by hand does not heed them.
+var simHoldKinds = []simKind{simWriter, simPrune, simHold, simPrune, simHold}
+
+// simFaultKinds have to do with the other faults: writers, prunes, of them one by hand.
 var simFaultKinds = []simKind{simWriter, simPrune, simWriter, simWriter, simPrune, simPrune, simDeleter}
 
 // TestCrashSimulationFindsFaults knocks steps of the protocol out: the simulation has to notice.
@@ -43,8 +47,9 @@ func TestCrashSimulationFindsFaults(t *testing.T) {
 	}
 }
 
-func isWriter(h *simHandle) bool { return strings.HasPrefix(h.name, "writer") }
-func isPrune(h *simHandle) bool  { return strings.HasPrefix(h.name, "prune") }
+func isWriter(h *simHandle) bool { return strings.HasPrefix(h.name, simWriter.name) }
+func isPrune(h *simHandle) bool  { return strings.HasPrefix(h.name, simPrune.name) }
+func isHold(h *simHandle) bool   { return strings.HasPrefix(h.name, simHold.name) }
 
 // when makes a fault of an answer that processes of one kind get.
 func when(who func(*simHandle) bool, kind, suffix string, answer func(*simOp) (simReply, bool)) func(*simHandle) func(*simOp) (simReply, bool) {
@@ -102,11 +107,13 @@ var simFaults = []simFault{
 			return simReply{}, lists > 0 && op.kind == opList && op.key == sessionsPrefix
 		}
 	}},
+	{name: "P4 with the sessions before the packs", fault: sessionsBeforePacks,
+		still: func(op *simOp) bool { return isPrune(op.h) && asks(opList, packsRoot, "")(op) }},
+	{name: "a hold without asking for the deletion", kinds: simHoldKinds, fault: when(isHold, opGet, deletedSuffix, absent)},
 	{name: "P7 without the grace period", fault: when(isPrune, opList, packsRoot, func(op *simOp) (simReply, bool) {
-		var r simReply
-		for o := range (observer{op.h.s}).List(context.Background(), packsRoot) {
-			o.Modified = time.Time{}
-			r.page = append(r.page, o)
+		r := listedNow(op.h.s, packsRoot)
+		for i := range r.page {
+			r.page[i].Modified = time.Time{}
 		}
 		return r, true
 	})},
@@ -118,6 +125,32 @@ var simFaults = []simFault{
 		still: func(op *simOp) bool { return isWriter(op.h) && asks(opPut, backupsRoot, manifestSuffix)(op) }},
 	{name: "W6 without the deletion", fault: inBackup(true, deletedSuffix, absent),
 		still: func(op *simOp) bool { return isWriter(op.h) && asks(opPut, backupsRoot, manifestSuffix)(op) }},
+}
+
+// listedNow is a listing of what is there.
+func listedNow(s *simStore, prefix string) (r simReply) {
+	for o := range (observer{s}).List(context.Background(), prefix) {
+		r.page = append(r.page, o)
+	}
+	return r
+}
+
+// sessionsBeforePacks has the sessions of P4 be those that there were when the packs were listed.
+func sessionsBeforePacks(h *simHandle) func(*simOp) (simReply, bool) {
+	var before *simReply
+	return func(op *simOp) (simReply, bool) {
+		switch {
+		case !isPrune(h) || op.kind != opList:
+		case op.key == packsRoot:
+			r := listedNow(h.s, sessionsPrefix)
+			before = &r
+		case op.key == sessionsPrefix && before != nil:
+			r := *before
+			before = nil
+			return r, true
+		}
+		return simReply{}, false
+	}
 }
 
 // cleanUpAfterPublishing deletes a backup's packs when the put of its manifest reports an error.

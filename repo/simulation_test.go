@@ -171,6 +171,9 @@ func (s *simulation) setUp(seed uint64, stats simStats) {
 	kinds := simKinds
 	if s.fault != nil {
 		kinds = simFaultKinds
+		if s.fault.kinds != nil {
+			kinds = s.fault.kinds
+		}
 		s.grace %= DefaultGrace
 		st.stale = min(st.stale, max(0, s.grace-time.Second))
 		st.faults = max(st.faults, 20)

@@ -43,7 +43,7 @@ type exit struct {
 var exits = []exit{
 	{exitDone, "done", nil, ""},
 	{exitFailed, "failed, no code of its own", nil, ""},
-	{exitUsage, "wrong usage", anyOf(recovery.ErrUsage, repo.ErrPlain, repo.ErrNoKeySlot, repo.ErrLastKey, repo.ErrSameRepository, repo.ErrNoHold), "Try --help after the command."},
+	{exitUsage, "wrong usage", anyOf(recovery.ErrUsage, repo.ErrPlain, repo.ErrNoKeySlot, repo.ErrLastKey, repo.ErrSameRepository, repo.ErrNoHold, repo.ErrNotDamaged), "Try --help after the command."},
 	{3, "done, but what stderr names was left out", nil, ""},
 	{10, "no repository there", anyOf(repo.ErrNoRepository), `Check the URL, or make a repository with "pgthaw repo init".`},
 	{11, "repository locked", anyOf(repo.ErrPruning), ""},
@@ -218,6 +218,7 @@ var commandExits = map[string][]int{
 	"repo hold list":   {10, 12, 13, 14, 16, 20},
 	"repo hold remove": {10, 12, 13, 16, 20},
 	"repo accept":      {10, 12, 13, 16, 20},
+	"repo give-up":     {10, 12, 13, 14, 16, 20},
 	"repo copy":        {10, 12, 13, 14, 16, 20, 23, 24},
 	"repo key list":    {10, 12, 13, 16, 20},
 	"repo key add":     {10, 12, 13, 16, 20},

@@ -13,7 +13,7 @@ import (
 func repoCommand() *cli.Command {
 	return &cli.Command{
 		Name: "repo", Usage: "make, check, measure, copy and prune repositories, manage their keys",
-		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoAcceptCommand(), repoCopyCommand(),
+		Subcommands: []*cli.Command{repoInitCommand(), repoInfoCommand(), repoCheckCommand(), repoGiveUpCommand(), repoAcceptCommand(), repoCopyCommand(),
 			repoPruneCommand(), repoHoldCommand(), repoKeyCommand()},
 	}
 }

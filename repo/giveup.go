@@ -130,7 +130,7 @@ func (p *pruner) giveUpDamagedSession(ctx context.Context, key, id string) (Aban
 	if !p.o.Apply {
 		return given, nil
 	}
-	info := &SessionInfo{document: document{sessionKind, formatVersion}}
+	info := &SessionInfo{document: document{sessionKind, formatVersion}, Operation: giveUpOperation}
 	if err := info.ID.UnmarshalText([]byte(id)); err != nil {
 		return given, err
 	}

@@ -145,8 +145,8 @@ func TestGiveUpSession(t *testing.T) {
 				t.Errorf("who stands still in it: %v", err)
 			}
 			for range 2 {
-				if _, err := r.Prune(t.Context(), o); err != nil {
-					t.Error(err)
+				if report, err := r.Prune(t.Context(), o); err != nil || len(report.GivenUp) > 0 {
+					t.Errorf("%+v, %v", report, err)
 				}
 				time.Sleep(DefaultGrace)
 			}

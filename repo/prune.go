@@ -230,7 +230,7 @@ func (p *pruner) giveUp(ctx context.Context) error {
 // giveUpSession first says that it does, then sees whether the session's backup was published, and if not, marks it as
 // deleted, whether or not it comes later. Only then the session may be forgotten.
 func (p *pruner) giveUpSession(ctx context.Context, s *listedSession) error {
-	if s.info != nil && !s.done && s.info.Operation != floorsOperation {
+	if s.info != nil && !s.done && s.info.Operation != floorsOperation && s.info.Operation != giveUpOperation {
 		p.report.GivenUp = append(p.report.GivenUp, *s.info)
 	}
 	if s.info != nil {

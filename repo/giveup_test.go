@@ -130,7 +130,7 @@ func TestGiveUpSession(t *testing.T) {
 				t.Fatal(err)
 			}
 			putInstead(t, r.store, key, flipAt(len(b)/2)(b))
-			time.Sleep(3 * day)
+			time.Sleep(3*day + time.Hour)   // between two signs of life
 			refusesToGiveUp(t, r, key, nil) // its signs of life go on
 			s.Leave()
 			o := PruneOptions{Policy: Policy{Last: 2}, Grace: DefaultGrace, Apply: true}

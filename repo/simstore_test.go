@@ -121,12 +121,14 @@ type simHandle struct {
 	until time.Time // it stands still until then
 	calm  bool      // nothing goes wrong for it
 
-	want    map[string][]byte // content of the backup that it writes
-	wal     simRange          // the same
-	wrote   map[string]bool   // packs
-	protect *simProtection
-	fault   func(*simOp) (simReply, bool) // answers in the store's place: a step of the protocol that is left out
-	still   func(*simOp) bool             // before what it stands still for days
+	want  map[string][]byte // content of the backup that it writes
+	wal   simRange          // the same
+	wrote map[string]bool   // packs
+
+	listedWAL int // when it began to list WAL last, as a seq
+	protect   *simProtection
+	fault     func(*simOp) (simReply, bool) // answers in the store's place: a step of the protocol that is left out
+	still     func(*simOp) bool             // before what it stands still for days
 }
 
 // standsStill is long enough for everybody else to give a process up.
@@ -373,6 +375,9 @@ func (s *simStore) carryOut(op *simOp) (r simReply) {
 		}
 	case opList:
 		s.begin(op.list)
+		if strings.HasPrefix(op.key, walRoot) {
+			op.h.listedWAL = s.seq
+		}
 		r.page, r.more = s.page(op.list, op.key)
 	case opPage:
 		r.page, r.more = s.page(op.list, op.key)

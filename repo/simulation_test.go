@@ -667,7 +667,7 @@ func (s *simulation) check(h *simHandle, rng *rand.Rand) {
 	for range 2 {
 		jumps := s.stats["clock jumped"]
 		_, err := s.open(h).Check(s.ctx, CheckOptions{ReadData: rng.IntN(2) == 0 && (s.server == nil || rng.IntN(8) == 0)}, func(f Finding) {
-			if jumps == s.stats["clock jumped"] && !f.Note && !s.notArchivedYet(f) {
+			if jumps == s.stats["clock jumped"] && !f.Note && !s.notArchivedYet(f, h.listedWAL) {
 				s.violate("check finds %s: %w", f.Object, f.Err)
 			}
 		})
@@ -743,7 +743,7 @@ func (d direct) op(kind, key string, body []byte) *simOp {
 func (s *simulation) inspect(o CheckOptions) {
 	r := s.open(observer{s.simStore})
 	_, err := r.Check(s.ctx, o, func(f Finding) {
-		if !f.Note && !s.notArchivedYet(f) {
+		if !f.Note && !s.notArchivedYet(f, s.seq) {
 			s.violate("check finds %s: %w", f.Object, f.Err)
 		}
 	})

@@ -391,10 +391,10 @@ func (s *simulation) checkRecovery(b *simBackup) {
 	}
 }
 
-// notArchivedYet tells whether a finding is about WAL that never was in the repository: what is archived late lies behind
+// notArchivedYet tells whether a finding is about WAL that was not in the repository when WAL was listed last: what is archived late lies behind
 // what backups have put.
-func (s *simulation) notArchivedYet(f Finding) bool {
-	return strings.HasPrefix(f.Object, walRoot) && len(s.objects[f.Object]) == 0
+func (s *simulation) notArchivedYet(f Finding, listed int) bool {
+	return strings.HasPrefix(f.Object, walRoot) && (len(s.objects[f.Object]) == 0 || s.objects[f.Object][0].putSeq > listed)
 }
 
 // leftoverWAL tells whether a WAL object should be gone.

@@ -102,7 +102,7 @@ func TestCommandLinePageRuns(t *testing.T) {
 		{line: "pgthaw repo info"},
 		{line: "pgthaw repo check"},
 		{line: "pgthaw repo give-up OBJECT", and: "--yes", with: map[string]string{"OBJECT": "sessions/0123456789abcdef.begun"},
-			before: "mkdir -p ~/first/sessions; echo > ~/first/sessions/0123456789abcdef.begun; touch -d '3 days ago' ~/first/sessions/0123456789abcdef.begun"},
+			before: "mkdir -p ~/repo/sessions; echo > ~/repo/sessions/0123456789abcdef.begun; touch -d '3 days ago' ~/repo/sessions/0123456789abcdef.begun"},
 		{line: "pgthaw repo accept"},
 		{line: "pgthaw repo copy DESTINATION [CLUSTER...]", before: "pgthaw repo init ~/copy",
 			with: map[string]string{"DESTINATION": "~/copy", "CLUSTER": "", "...]": ""}},

@@ -109,7 +109,6 @@ func (f *file) readAt(fd int, p []byte, off int64, fill bool) (int, error) {
 	if err != nil || len(holes) == 0 {
 		return n, err
 	}
-	defer f.traffic.enter()()
 	f.tell(holes)
 	for _, h := range holes {
 		if err := f.readLower(p[h.from-off:h.to-off], h.from); err != nil {

@@ -31,14 +31,11 @@ func hydrators() int { return min(runtime.NumCPU(), 16) + 2 }
 //
 // Where it stopped, another run takes up: the holes themselves say what is left.
 func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
-	done, err := v.use()
+	ctx, done, err := v.useUntilEnd(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(v.ctx, cancel)()
 	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1)}
 	for {
 		whole, err := h.round(ctx)

@@ -255,11 +255,12 @@ func (l *layer) copy(fd int, name string, e repo.Entry) error {
 	})
 }
 
+var zeroPiece [copyPiece]byte
+
 // writePieces writes p at an offset, where zeros are.
 func writePieces(fd int, p []byte, off int64) error {
-	zeros := make([]byte, copyPiece)
 	for piece := range slices.Chunk(p, copyPiece) {
-		if !bytes.Equal(piece, zeros[:len(piece)]) {
+		if !bytes.Equal(piece, zeroPiece[:len(piece)]) {
 			if _, err := pwriteFull(fd, piece, off); err != nil {
 				return err
 			}

@@ -219,6 +219,17 @@ func (v *Overlay) use() (done func(), err error) {
 	return v.users.Done, nil
 }
 
+// useUntilEnd is use for what goes on until ctx ends, or the mount does: then the context that it returns ends.
+func (v *Overlay) useUntilEnd(ctx context.Context) (until context.Context, done func(), err error) {
+	release, err := v.use()
+	if err != nil {
+		return nil, nil, err
+	}
+	until, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(v.ctx, cancel)
+	return until, func() { stop(); cancel(); release() }, nil
+}
+
 // Init gets the server before the first request.
 func (v *Overlay) Init(server *fuse.Server) { v.server = server }
 

@@ -16,6 +16,32 @@ import (
 // hydration: what was synced must be there, nothing else may be there than what was once written, and a file that nobody
 // wrote to must have the backup's bytes.
 func TestOverlayPowerCut(t *testing.T) {
+	onDisks(t, func(t *testing.T, _, mkfs string) {
+		d := newDisk(t, mkfs)
+		rng := rand.New(rand.NewPCG(seed(t), 0))
+		tree := lowerTree{}
+		tree.dir("pgdata", 0o700)
+		p := &powerCut{t: t, rng: rng, disk: d}
+		for i := range 60 {
+			size := rng.IntN(60_000)
+			if i%4 == 0 {
+				size = 1<<20 + rng.IntN(1<<20)
+			}
+			name := fmt.Sprintf("f%d", i)
+			tree.file("pgdata/"+name, 0o600, random(rng, 600+size))
+			p.files = append(p.files, &writtenFile{name: name, versions: [][]byte{tree["pgdata/"+name].content}})
+		}
+		p.v = thawIn(t, d.dir, tree, OverlayOptions{Passthrough: true})
+		for range rounds(5) {
+			p.round()
+		}
+		expectQuiet(t, p.v.c)
+	})
+}
+
+// onDisks runs a test for each kind of file system that can be made here; mkfs makes one.
+func onDisks(t *testing.T, test func(t *testing.T, kind, mkfs string)) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to mount a file system of its own")
 	}
@@ -25,25 +51,7 @@ func TestOverlayPowerCut(t *testing.T) {
 			if err != nil && kind != "ext4" {
 				t.Skipf("no mkfs.%s is installed", kind)
 			}
-			d := newDisk(t, mkfs)
-			rng := rand.New(rand.NewPCG(seed(t), 0))
-			tree := lowerTree{}
-			tree.dir("pgdata", 0o700)
-			p := &powerCut{t: t, rng: rng, disk: d}
-			for i := range 60 {
-				size := rng.IntN(60_000)
-				if i%4 == 0 {
-					size = 1<<20 + rng.IntN(1<<20)
-				}
-				name := fmt.Sprintf("f%d", i)
-				tree.file("pgdata/"+name, 0o600, random(rng, 600+size))
-				p.files = append(p.files, &writtenFile{name: name, versions: [][]byte{tree["pgdata/"+name].content}})
-			}
-			p.v = thawIn(t, d.dir, tree, OverlayOptions{Passthrough: true})
-			for range rounds(5) {
-				p.round()
-			}
-			expectQuiet(t, p.v.c)
+			test(t, kind, mkfs)
 		})
 	}
 }

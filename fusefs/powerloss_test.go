@@ -7,7 +7,6 @@ import (
 	iofs "io/fs"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -23,36 +22,27 @@ import (
 //
 // It is a sample of the flushes; in a campaign (PGTHAW_CRASH_ROUNDS) it is all of them.
 func TestCrashPowerLoss(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, to mount a file system of its own")
-	}
-	for _, kind := range []string{"ext4", "xfs"} {
-		t.Run(kind, func(t *testing.T) {
-			mkfs, err := exec.LookPath("mkfs." + kind)
-			if err != nil && kind != "ext4" {
-				t.Skipf("no mkfs.%s is installed", kind)
+	onDisks(t, func(t *testing.T, kind, mkfs string) {
+		rng := rand.New(rand.NewPCG(seed(t), 0))
+		p := newPowerLoss(t, rng, newVolatile(t, mkfs, map[string]int64{"ext4": 96, "xfs": 320}[kind]))
+		p.work(rounds(240))
+		all := p.disk.cuts()
+		if len(all) < 100 {
+			t.Errorf("the disk was flushed only %d times", len(all)/2)
+		}
+		p.noticesALostFlush(all)
+		chosen := all
+		if os.Getenv("PGTHAW_CRASH_ROUNDS") == "" {
+			rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+			chosen = all[:rounds(12)]
+		}
+		for _, c := range chosen {
+			if err := p.verify(c, c.synced()); err != nil {
+				t.Errorf("%v: %v", c, err)
 			}
-			rng := rand.New(rand.NewPCG(seed(t), 0))
-			p := newPowerLoss(t, rng, newVolatile(t, mkfs, map[string]int64{"ext4": 96, "xfs": 320}[kind]))
-			p.work(rounds(240))
-			all := p.disk.cuts()
-			if len(all) < 100 {
-				t.Errorf("the disk was flushed only %d times", len(all)/2)
-			}
-			p.noticesALostFlush(all)
-			chosen := all
-			if os.Getenv("PGTHAW_CRASH_ROUNDS") == "" {
-				rng.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-				chosen = all[:rounds(12)]
-			}
-			for _, c := range chosen {
-				if err := p.verify(c, c.synced()); err != nil {
-					t.Errorf("%v: %v", c, err)
-				}
-			}
-			t.Logf("%d of %d power cuts", len(chosen), len(all))
-		})
-	}
+		}
+		t.Logf("%d of %d power cuts", len(chosen), len(all))
+	})
 }
 
 // noticesALostFlush: with a disk that has forgotten what it was told to flush, the same check fails.

@@ -18,14 +18,11 @@ import (
 //
 // It is of no consequence to anybody but for speed: what an error keeps it from, a reader gets for itself.
 func (v *Overlay) Prefetch(ctx context.Context, b *repo.Backup, root string, spans []repo.Span, yield bool) error {
-	done, err := v.use()
+	ctx, done, err := v.useUntilEnd(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(v.ctx, cancel)()
 	var turn func(context.Context) error
 	if yield {
 		turn = v.traffic.giveWay

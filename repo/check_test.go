@@ -411,18 +411,24 @@ func TestSampleCoversAll(t *testing.T) {
 	}
 }
 
-// TestCheckTimelines follows a history file from one timeline to the next.
-func TestCheckTimelines(t *testing.T) {
-	sound := newCheckedRepo(t)
-	r := sound.open(t)
-	history := pg.WALName{Kind: pg.WALHistory, Timeline: 2}
-	// Timeline 2 leaves timeline 1 within segment 10.
+// putSecondTimeline puts segments 10 to 13 of timeline 2, which leaves timeline 1 within segment 10, and its history file.
+func putSecondTimeline(t *testing.T, r *Repository) (history pg.WALName) {
+	t.Helper()
+	history = pg.WALName{Kind: pg.WALHistory, Timeline: 2}
 	if err := r.PutWAL(t.Context(), "main", history, []byte("1\t0/A00800\tno recovery target specified\n")); err != nil {
 		t.Fatal(err)
 	}
 	for no := range uint64(4) {
 		putTestSegment(t, r, 2, no+10)
 	}
+	return history
+}
+
+// TestCheckTimelines follows a history file from one timeline to the next.
+func TestCheckTimelines(t *testing.T) {
+	sound := newCheckedRepo(t)
+	r := sound.open(t)
+	history := putSecondTimeline(t, r)
 	if found, _ := sound.check(t, CheckOptions{ReadData: true}); len(found) != 0 {
 		t.Fatalf("found %+v", found)
 	}
@@ -546,13 +552,7 @@ func (s *blinking) List(ctx context.Context, prefix string) iter.Seq2[store.Obje
 func TestCheckBesideArchiving(t *testing.T) {
 	sound := newCheckedRepo(t)
 	r := sound.open(t)
-	history := pg.WALName{Kind: pg.WALHistory, Timeline: 2}
-	if err := r.PutWAL(t.Context(), "main", history, []byte("1\t0/A00800\tno recovery target specified\n")); err != nil {
-		t.Fatal(err)
-	}
-	for no := range uint64(4) {
-		putTestSegment(t, r, 2, no+10)
-	}
+	history := putSecondTimeline(t, r)
 	for _, keys := range [][]string{{walKey("main", testSegment(1, 6))}, {walKey("main", history)}, {walKey("main", history), walKey("main", testSegment(2, 11))}} {
 		for _, there := range []bool{true, false} {
 			k := sound.copied(t)

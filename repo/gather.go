@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"iter"
 	"maps"
@@ -164,17 +163,7 @@ func (g *gatherer) readTrees(ctx context.Context, dirs map[string]Entry) error {
 		}
 	}
 	return g.scattered(ctx, refs, func(ref Ref, sealed []byte) error {
-		_, err := g.b.r.trees.get(ref.ID, func() (*Listing, int64, error) {
-			content, err := g.b.r.pieceContent(ref, sealed)
-			if err != nil {
-				return nil, 0, err
-			}
-			list, err := newListing(content)
-			if err != nil {
-				return nil, 0, ref.corrupt(err.Error())
-			}
-			return list, list.cost(), nil
-		})
+		_, err := g.b.r.cachedListing(ref, func() ([]byte, error) { return g.b.r.pieceContent(ref, sealed) })
 		return err
 	})
 }
@@ -212,10 +201,10 @@ func (r *Repository) openMap(ctx context.Context, e Entry) (*fileMap, error) {
 		return r.fileMap(ctx, e)
 	}
 	m, err := r.cachedMap(e.content.ref, func() ([]byte, error) { return r.piece(ctx, e.content.ref) })
-	if err == nil && m.size != e.Size {
-		return nil, e.content.ref.corrupt(fmt.Sprintf("a map of %d bytes for a file of %d", m.size, e.Size))
+	if err != nil {
+		return nil, err
 	}
-	return m, err
+	return m.of(e)
 }
 
 // cachedMap returns the map that lies at ref, which load reads if it is not in the cache.
@@ -225,9 +214,9 @@ func (r *Repository) cachedMap(ref Ref, load func() ([]byte, error)) (*fileMap, 
 		if err != nil {
 			return nil, 0, err
 		}
-		m, err := decodeFileMap(encoded)
+		m, err := fileMapAt(ref, encoded)
 		if err != nil {
-			return nil, 0, ref.corrupt(err.Error())
+			return nil, 0, err
 		}
 		return m, m.cost(), nil
 	})

@@ -47,7 +47,7 @@ func (p *pruner) reclaimWAL(ctx context.Context) error {
 			continue
 		}
 		plans = append(plans, plan)
-		floors.raise(plan.floors(plan.needs(plan.now()))...)
+		floors.raise(plan.floors(p.stays(plan))...)
 	}
 	if p.o.Apply && len(floors) > 0 {
 		if err := p.r.putFloors(ctx, p.floors, floors); err != nil {
@@ -140,6 +140,18 @@ func (plan *walPlan) later() (users []walUser) {
 	return users
 }
 
+// stays says why each of the WAL objects stays for now, or "". What was put within the grace period does: whoever makes a backup on
+// a primary announced that before its WAL was put, and a listing that shows the one may not show the other yet.
+func (p *pruner) stays(plan *walPlan) []string {
+	stays := plan.needs(plan.now())
+	for i, o := range plan.objects {
+		if stays[i] == "" && p.now.Sub(o.put) < p.o.Grace {
+			stays[i] = reasonYoung
+		}
+	}
+	return stays
+}
+
 // floors are the LSNs before which all that goes of each timeline lies.
 func (plan *walPlan) floors(stays []string) (all []WALFloor) {
 	for i, o := range plan.objects {
@@ -161,7 +173,7 @@ func (p *pruner) deleteWAL(ctx context.Context, plan *walPlan, sessions []*liste
 		p.spareWAL(plan.cluster, reason)
 		return nil
 	}
-	stays := plan.needs(plan.now())
+	stays := p.stays(plan)
 	p.report.WAL = append(p.report.WAL, plan.ranges(stays, plan.needs(plan.later()))...)
 	if !p.o.Apply {
 		return nil

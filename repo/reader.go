@@ -62,13 +62,31 @@ func (b *Backup) ReadDir(ctx context.Context, name string) (*Listing, error) {
 }
 
 func (b *Backup) list(ctx context.Context, dir Entry) (*Listing, error) {
-	return b.r.trees.get(dir.content.ref.ID, func() (*Listing, int64, error) {
-		list, err := b.r.listing(ctx, dir)
+	return b.r.cachedListing(dir.content.ref, func() ([]byte, error) { return b.r.tree(ctx, dir) })
+}
+
+// cachedListing returns the directory whose tree lies at ref, which load reads if it is not in the cache.
+func (r *Repository) cachedListing(ref Ref, load func() ([]byte, error)) (*Listing, error) {
+	return r.trees.get(ref.ID, func() (*Listing, int64, error) {
+		tree, err := load()
+		if err != nil {
+			return nil, 0, err
+		}
+		list, err := listingAt(ref, tree)
 		if err != nil {
 			return nil, 0, err
 		}
 		return list, list.cost(), nil
 	})
+}
+
+// listingAt decodes the tree that lies at ref.
+func listingAt(ref Ref, tree []byte) (*Listing, error) {
+	list, err := newListing(tree)
+	if err != nil {
+		return nil, ref.corrupt(err.Error())
+	}
+	return list, nil
 }
 
 // tree returns a directory's encoded tree.
@@ -86,11 +104,7 @@ func (r *Repository) listing(ctx context.Context, dir Entry) (*Listing, error) {
 	if err != nil {
 		return nil, err
 	}
-	list, err := newListing(b)
-	if err != nil {
-		return nil, dir.content.ref.corrupt(err.Error())
-	}
-	return list, nil
+	return listingAt(dir.content.ref, b)
 }
 
 // Walk calls fn for the entry at name and everything below, parents first, sorted. It holds the encoded trees of the
@@ -170,12 +184,26 @@ func (r *Repository) fileMap(ctx context.Context, e Entry) (*fileMap, error) {
 			return nil, err
 		}
 	}
-	m, err := decodeFileMap(encoded)
-	if err == nil && m.size != e.Size {
-		err = fmt.Errorf("a map of %d bytes for a file of %d", m.size, e.Size)
-	}
+	m, err := fileMapAt(e.content.ref, encoded)
 	if err != nil {
-		return nil, e.content.ref.corrupt(err.Error())
+		return nil, err
+	}
+	return m.of(e)
+}
+
+// fileMapAt decodes the map that lies at ref.
+func fileMapAt(ref Ref, encoded []byte) (*fileMap, error) {
+	m, err := decodeFileMap(encoded)
+	if err != nil {
+		return nil, ref.corrupt(err.Error())
+	}
+	return m, nil
+}
+
+// of returns the map if it can be that of a file.
+func (m *fileMap) of(e Entry) (*fileMap, error) {
+	if m.size != e.Size {
+		return nil, e.content.ref.corrupt(fmt.Sprintf("a map of %d bytes for a file of %d", m.size, e.Size))
 	}
 	return m, nil
 }

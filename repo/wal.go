@@ -10,6 +10,7 @@ import (
 	"iter"
 	"sort"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -348,7 +349,8 @@ func (r *Repository) WALNames(ctx context.Context, cluster string) ([]pg.WALName
 // walObject is an object that holds a WAL file.
 type walObject struct {
 	name  pg.WALName
-	bytes int64 // stored
+	bytes int64     // stored
+	put   time.Time // by the store's clock; zero: it was damaged and is gone
 }
 
 // walObjects lists the WAL objects below a prefix of a cluster's. Behind a *CorruptError, for a name that no WAL file has, it
@@ -362,7 +364,7 @@ func (r *Repository) walObjects(ctx context.Context, prefix string) iter.Seq2[wa
 		}
 		list := func(o store.Object) bool {
 			_, name, err := parseWALKey(o.Key)
-			return yield(walObject{name, o.Size}, err)
+			return yield(walObject{name, o.Size, o.Modified}, err)
 		}
 		for o, err := range r.store.List(ctx, prefix) {
 			if err != nil {

@@ -99,7 +99,7 @@ type WALFate int
 
 const (
 	WALStays WALFate = iota
-	WALWaits         // it goes when what is deleted already, or restorable to its own end only, has waited for the grace period
+	WALWaits         // it goes when it, and what is deleted already or restorable to its own end only, has waited for the grace period
 	WALGoes          // now
 )
 
@@ -113,6 +113,7 @@ const (
 	reasonLost     = "which backups can use it is not known: the history of timeline %s is missing or damaged"
 	reasonNameless = "no server of this cluster gives a file this name"
 	reasonEmpty    = "the cluster has no backup"
+	reasonYoung    = "it has not been there for the grace period"
 )
 
 // needs says why each of the WAL objects stays, or "". One goes only if none of the backups can ever need it, whatever timeline

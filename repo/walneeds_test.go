@@ -17,11 +17,11 @@ func walOf(histories map[pg.Timeline][]pg.HistoryEntry, segments map[pg.Timeline
 	for tli := pg.Timeline(1); tli < 10; tli++ {
 		if h, ok := histories[tli]; ok {
 			w.histories[tli] = h
-			w.objects = append(w.objects, walObject{pg.WALName{Kind: pg.WALHistory, Timeline: tli}, 1})
+			w.objects = append(w.objects, walObject{name: pg.WALName{Kind: pg.WALHistory, Timeline: tli}, bytes: 1})
 		}
 		if run, ok := segments[tli]; ok {
 			for no := run[0]; no <= run[1]; no++ {
-				w.objects = append(w.objects, walObject{testSegment(tli, no), 100})
+				w.objects = append(w.objects, walObject{name: testSegment(tli, no), bytes: 100})
 			}
 		}
 	}
@@ -102,13 +102,13 @@ func TestWALNeeds(t *testing.T) {
 		for no := range uint64(20) {
 			name := testSegment(1, no+1)
 			name.Kind = pg.WALPartial
-			w.objects = append(w.objects, walObject{name, 100})
+			w.objects = append(w.objects, walObject{name: name, bytes: 100})
 			name.Kind, name.Offset = pg.WALBackupHistory, 0x28
-			w.objects = append(w.objects, walObject{name, 100})
+			w.objects = append(w.objects, walObject{name: name, bytes: 100})
 		}
 		strange := testSegment(1, 1)
 		strange.Seg = 0xFFFF
-		w.objects = append(w.objects, walObject{strange, 100})
+		w.objects = append(w.objects, walObject{name: strange, bytes: 100})
 		stays := w.needs([]walUser{{b, false}, {d, false}})
 		segments := map[uint64]bool{}
 		for i, o := range w.objects {

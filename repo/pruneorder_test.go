@@ -102,14 +102,15 @@ func (s deafStore) List(ctx context.Context, prefix string) iter.Seq2[store.Obje
 	return s.Store.List(ctx, prefix)
 }
 
-// slowStore waits before a manifest is put.
+// slowStore waits before a manifest, or another object of that suffix, is put.
 type slowStore struct {
 	store.Store
-	goOn chan struct{}
+	suffix string
+	goOn   chan struct{}
 }
 
 func (s slowStore) Put(ctx context.Context, key string, body []byte) error {
-	if strings.HasSuffix(key, manifestSuffix) {
+	if strings.HasSuffix(key, s.suffix) {
 		<-s.goOn
 	}
 	return s.Store.Put(ctx, key, body)
@@ -194,7 +195,7 @@ func (b *raceBackup) begin(s store.Store, deaf bool) {
 	if deaf {
 		s = deafStore{s}
 	}
-	r := opened(b.t, slowStore{s, b.goOn})
+	r := opened(b.t, slowStore{s, manifestSuffix, b.goOn})
 	go func() {
 		defer close(b.ended)
 		b.made, b.err = standbyBackup(b.t.Context(), r, 9)

@@ -33,7 +33,16 @@ func backupNow(t testing.TB, r *Repository, first uint64) *Manifest {
 	for no := range uint64(3) {
 		putTestSegment(t, r, 1, first+no)
 	}
-	m, err := r.WriteBackup(t.Context(), "main", BackupOptions{}, func(_ context.Context, w *BackupWriter) (Manifest, error) {
+	m, err := backupFrom(t.Context(), r, first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// backupFrom makes a backup of two segments, which are there, that ends now.
+func backupFrom(ctx context.Context, r *Repository, first uint64) (*Manifest, error) {
+	return r.WriteBackup(ctx, "main", BackupOptions{}, func(_ context.Context, w *BackupWriter) (Manifest, error) {
 		m := testManifest()
 		m.SegmentSize = testSegmentSize
 		m.StartLSN, m.StopLSN = pg.LSN(first*testSegmentSize+0x28), pg.LSN((first+1)*testSegmentSize+0x100)
@@ -48,10 +57,6 @@ func backupNow(t testing.TB, r *Repository, first uint64) *Manifest {
 		}
 		return m, err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return m
 }
 
 // segmentsLeft writes the numbers of the segments of timeline 1.
@@ -110,6 +115,48 @@ func TestPruneWAL(t *testing.T) {
 				}
 				checkClean(t, r)
 				time.Sleep(DefaultGrace)
+			}
+		})
+	}
+}
+
+// TestPruneWALYoung: a prune whose listings show no session yet, those of less than the grace period before, deletes no WAL of a
+// backup that is being made, even if a newer one is there. It would if they were staler.
+func TestPruneWALYoung(t *testing.T) {
+	for _, stale := range []time.Duration{DefaultGrace - time.Second, DefaultGrace} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newWALRepository(t)
+			defer r.Close()
+			for _, m := range daily(t, r) {
+				if err := r.markStandalone(t.Context(), "main", m.ID); err != nil {
+					t.Fatal(err)
+				}
+			}
+			time.Sleep(DefaultGrace)
+			for no := uint64(16); no < 20; no++ {
+				putTestSegment(t, r, 1, no)
+			}
+			goOn, made := make(chan struct{}), make(chan error)
+			go func() {
+				_, err := backupFrom(t.Context(), opened(t, slowStore{r.store, packListSuffix, goOn}), 16)
+				made <- err
+			}()
+			synctest.Wait()
+			backupNow(t, r, 20)
+			time.Sleep(stale)
+			if _, err := opened(t, deafStore{r.store}).Prune(t.Context(), PruneOptions{Grace: DefaultGrace, Apply: true}); err != nil {
+				t.Fatal(err)
+			}
+			close(goOn)
+			if err := <-made; err != nil {
+				t.Fatal(err)
+			}
+			want := "16 17 18 19 20 21 22"
+			if stale == DefaultGrace {
+				want = "20 21 22"
+			}
+			if left := segmentsLeft(t, r); !strings.HasSuffix(left, " 14 "+want) {
+				t.Errorf("left are %s, want %s", left, want)
 			}
 		})
 	}

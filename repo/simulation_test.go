@@ -94,6 +94,7 @@ type simBackup struct {
 
 	timeline    pg.Timeline
 	first, last uint64 // numbers of its own WAL segments; 0: it has none
+	primary     bool
 	stop        pg.LSN
 }
 
@@ -441,7 +442,7 @@ func (s *simulation) publishes(op *simOp, name BackupName) {
 		s.violate("publish %s: %w", name, err)
 		return
 	}
-	b := &simBackup{name: name, files: op.want, timeline: m.Timeline, stop: m.StopLSN, first: op.wal.first, last: op.wal.last, needs: map[string]bool{op.key: true, packListKey(name.Cluster, name.Backup): true}}
+	b := &simBackup{name: name, files: op.want, timeline: m.Timeline, stop: m.StopLSN, first: op.wal.first, last: op.wal.last, primary: op.wal.primary, needs: map[string]bool{op.key: true, packListKey(name.Cluster, name.Backup): true}}
 	for _, u := range uses {
 		b.needs[u.pack.key()] = true
 	}

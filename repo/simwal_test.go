@@ -179,22 +179,24 @@ func (s *simulation) branchOff(rng *rand.Rand) {
 type simRange struct {
 	timeline    pg.Timeline
 	first, last uint64
+	primary     bool // what it needs is not put before the backup's session
 	partial     bool // a standby's: the last segment is in the tree only
 }
 
 // beginBackup takes where a backup begins: the primary's at the segment that is being written, a standby's behind it.
 func (v *simServer) beginBackup(rng *rand.Rand) simRange {
-	w := simRange{timeline: v.current}
+	w := simRange{timeline: v.current, primary: true}
 	if rng.IntN(4) == 0 { // a standby of any timeline, where it is
-		w.timeline = pg.Timeline(1 + rng.IntN(len(v.lines)))
+		w.timeline, w.primary = pg.Timeline(1+rng.IntN(len(v.lines))), false
 	}
 	l := v.lines[w.timeline]
 	w.first = l.written
 	if rng.IntN(3) == 0 {
 		w.first = max(l.first, w.first-min(w.first, uint64(rng.IntN(4))))
-		w.partial = true
+		w.partial, w.primary = true, false
 	}
 	w.last = min(w.first+uint64(rng.IntN(3)), simMostWAL-2)
+	w.primary = w.primary && w.first <= w.last
 	w.first = min(w.first, w.last)
 	if w.partial {
 		w.last = min(w.last, l.written)
@@ -357,14 +359,17 @@ func (s *simulation) deletingWAL(key string) {
 	if err := errors.Join(err, noErr); err != nil {
 		s.violate("%s is deleted: %w", key, err)
 	}
-	if s.stale > 0 { // docs/format.md asks for listings that are not
-		return
-	}
 	for _, b := range s.published {
+		if !s.staysRecoverable(b) {
+			continue
+		}
 		alone := s.object(standaloneKey(b.name.Cluster, b.name.Backup)) != nil
 		if s.listed(b.name) && s.server.needs(b, alone, name.Timeline, no) {
 			s.violate("%s is deleted, which recovery of %s needs; it stands alone: %v", key, b.name, alone)
 		}
+	}
+	if s.stale > 0 {
+		return
 	}
 	for _, p := range s.protecting {
 		if b := s.published[p.name]; b != nil && !p.over && s.server.needs(b, p.alone, name.Timeline, no) {
@@ -376,9 +381,12 @@ func (s *simulation) deletingWAL(key string) {
 	}
 }
 
+// staysRecoverable tells whether docs/format.md promises that WAL of a backup stays: where listings are stale, that of one of a primary.
+func (s *simulation) staysRecoverable(b *simBackup) bool { return b.primary || s.stale == 0 }
+
 // checkRecovery looks, when a backup is published, for WAL that its recovery needs and that is gone already.
 func (s *simulation) checkRecovery(b *simBackup) {
-	if s.server == nil || s.stale > 0 {
+	if s.server == nil || !s.staysRecoverable(b) {
 		return
 	}
 	for tli := range s.server.lines {

@@ -82,7 +82,7 @@ func (w *wrote) openReads(keys []Key) []repoRead {
 				return errors.New("config: another repository's")
 			}
 			defer again.codec.dec.Close()
-			if *again.seals.masterOrNone() != *r.seals.masterOrNone() || again.digests.pageBlock != r.digests.pageBlock {
+			if *again.seals.masterOrNone() != *r.seals.masterOrNone() || again.digests.pieceBlock != r.digests.pieceBlock {
 				return fmt.Errorf("the repository's keys: %w", errWrongBytes)
 			}
 			return same("configuration", again.config, w.config)

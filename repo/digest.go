@@ -7,6 +7,8 @@ import (
 	"sync"
 
 	sha256 "github.com/minio/sha256-simd"
+
+	"pgthaw/repo/pagehash"
 )
 
 // PageSize is the unit of digests, extents and comparison, in bytes: PostgreSQL's default block size. A cluster
@@ -49,36 +51,31 @@ func decodeHex(dst, src []byte) error {
 // digester computes the digests of one repository. Every hash begins with one whole block of key and label, so that
 // nobody without the repository's configuration can look for two contents of the same digest.
 type digester struct {
-	pageBlock, pieceBlock [64]byte
-	zeroPage              [sha256Size]byte // digest of a page of zeros: never worth computing twice
-	states                sync.Pool        // *hashState
+	pages      *pagehash.Hasher
+	zeroPage   pageSum // digest of a page of zeros: never worth computing twice
+	pieceBlock [pagehash.BlockSize]byte
+	states     sync.Pool // *hashState
 }
 
+type pageSum = [sha256Size]byte
+
 type hashState struct {
-	page, piece hash.Hash
-	sum         [sha256Size]byte
+	piece hash.Hash
+	sums  [ChunkPages]pageSum
+	sum   [sha256Size]byte
 }
 
 func newDigester(key [keySize]byte) *digester {
 	d := &digester{}
-	d.states.New = func() any { return &hashState{page: sha256.New(), piece: sha256.New()} }
-	copy(d.pageBlock[:], "pgthaw page 1")
+	d.states.New = func() any { return &hashState{piece: sha256.New()} }
+	var pageBlock [pagehash.BlockSize]byte
+	copy(pageBlock[:], "pgthaw page 1")
 	copy(d.pieceBlock[:], "pgthaw piece 1")
-	copy(d.pageBlock[keySize:], key[:])
+	copy(pageBlock[keySize:], key[:])
 	copy(d.pieceBlock[keySize:], key[:])
-
-	s := d.states.Get().(*hashState)
-	d.zeroPage = d.hashPage(s, zeroPage[:])
-	d.states.Put(s)
+	d.pages = pagehash.New(pageBlock)
+	d.zeroPage = d.pages.One(zeroPage[:])
 	return d
-}
-
-func (d *digester) hashPage(s *hashState, page []byte) [sha256Size]byte {
-	s.page.Reset()
-	s.page.Write(d.pageBlock[:])
-	s.page.Write(page)
-	s.page.Sum(s.sum[:0])
-	return s.sum
 }
 
 // sum returns the ID of content and appends to digests, 8 bytes for each, the digests of its pages. The content is
@@ -89,16 +86,38 @@ func (d *digester) sum(content, digests []byte) (ID, []byte) {
 	s.piece.Reset()
 	s.piece.Write(d.pieceBlock[:])
 	for len(content) > 0 {
-		page := content[:min(PageSize, len(content))]
-		content = content[len(page):]
-		sum := d.zeroPage
-		if !isZeroPage(page) {
-			sum = d.hashPage(s, page)
+		n := min(ChunkSize, len(content))
+		for _, sum := range d.sumPages(content[:n], s.sums[:0]) {
+			s.piece.Write(sum[:])
+			digests = append(digests, sum[:pageDigestSize]...)
 		}
-		s.piece.Write(sum[:])
-		digests = append(digests, sum[:pageDigestSize]...)
+		content = content[n:]
 	}
 	return ID(s.piece.Sum(s.sum[:0])[:16]), digests
+}
+
+// sumPages appends the digests of content's pages, of which the last may be shorter.
+func (d *digester) sumPages(content []byte, sums []pageSum) []pageSum {
+	first := -1 // of two pages that are hashed together
+	for off := 0; off < len(content); off += PageSize {
+		page := content[off:min(off+PageSize, len(content))]
+		i := len(sums)
+		sums = append(sums, d.zeroPage)
+		switch {
+		case isZeroPage(page):
+		case len(page) < PageSize:
+			sums[i] = d.pages.One(page)
+		case first < 0:
+			first = i
+		default:
+			sums[first], sums[i] = d.pages.Two(content[first*PageSize:][:PageSize], page)
+			first = -1
+		}
+	}
+	if first >= 0 {
+		sums[first] = d.pages.One(content[first*PageSize:][:PageSize])
+	}
+	return sums
 }
 
 // verify tells whether content has the ID.

@@ -13,14 +13,15 @@ const module = "pgthaw/"
 // arrows are all the imports that our packages may make of each other.
 // Who is not named here may not exist: a room is added by drawing its arrows.
 var arrows = map[string][]string{
-	"cmd/pgthaw":  {"ingest", "recovery", "fusefs", "repo", "repo/pg"},
-	"ingest":      {"repo", "repo/pg"},
-	"recovery":    {"fusefs", "repo", "repo/pg"},
-	"fusefs":      {"repo"},
-	"repo":        {"repo/store", "repo/pg"},
-	"repo/store":  {},
-	"repo/pg":     {},
-	"integration": {}, // drives the built binary
+	"cmd/pgthaw":    {"ingest", "recovery", "fusefs", "repo", "repo/pg"},
+	"ingest":        {"repo", "repo/pg"},
+	"recovery":      {"fusefs", "repo", "repo/pg"},
+	"fusefs":        {"repo"},
+	"repo":          {"repo/store", "repo/pg", "repo/pagehash"},
+	"repo/store":    {},
+	"repo/pg":       {},
+	"repo/pagehash": {},
+	"integration":   {}, // drives the built binary
 }
 
 // testArrows are the leaves that the tests of every room but integration may also use: the in-memory store is

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"pgthaw/repo/pg"
@@ -569,6 +570,49 @@ func TestCheckBesideArchiving(t *testing.T) {
 				t.Errorf("%v, there: %v: %d findings, %+v, %v", keys, there, found, checked, err)
 			}
 		}
+	}
+}
+
+// TestCheckAwaitsArchiver: what lies before a backup that ended just now the archiver may still be about to push. That is waited for, and
+// nothing else.
+func TestCheckAwaitsArchiver(t *testing.T) {
+	for _, c := range []struct {
+		name                string
+		since, comes, takes time.Duration // the backup's end before the check; when WAL comes, 0: never; how long the check takes
+		found               int
+	}{
+		{"in time", 0, 4500 * time.Millisecond, 5 * time.Second, 0},
+		{"never", 0, 0, archiverTime, 1},
+		{"a backup of before", time.Minute, time.Second, 0, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newWALRepository(t)
+				defer r.Close()
+				backupNow(t, r, 1) // with segment 3 behind it
+				for _, no := range []uint64{7, 8} {
+					putTestSegment(t, r, 1, no)
+				}
+				if _, err := backupFrom(t.Context(), r, 7); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(c.since)
+				if c.comes > 0 {
+					time.AfterFunc(c.comes, func() {
+						for no := uint64(4); no < 7; no++ {
+							putTestSegment(t, r, 1, no)
+						}
+					})
+				}
+				began, found := time.Now(), 0
+				if _, err := r.Check(t.Context(), CheckOptions{}, func(f Finding) { found++ }); err != nil {
+					t.Fatal(err)
+				}
+				if took := time.Since(began); found != c.found || took.Round(time.Second) != c.takes {
+					t.Errorf("%d findings after %v, want %d after %v", found, took, c.found, c.takes)
+				}
+			})
+		})
 	}
 }
 

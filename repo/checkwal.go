@@ -156,6 +156,9 @@ func (w *clusterWAL) check(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := w.awaitArchiver(ctx); err != nil {
+		return err
+	}
 	w.checkHistories()
 	unarchived := false
 	for _, tli := range w.known() {
@@ -258,6 +261,48 @@ func (w *clusterWAL) listAgain(ctx context.Context) (found bool, err error) {
 		}
 	}
 	return found, nil
+}
+
+// archiverTime is how long after a backup's end an archiver that is well may still be about to push what was before the backup.
+const archiverTime = 15 * time.Second
+
+// awaitArchiver waits for that.
+func (w *clusterWAL) awaitArchiver(ctx context.Context) error {
+	for w.archiverBehind() {
+		w.c.progress("waiting for the archiver of "+w.cl.name, 0, 0)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Second):
+		}
+		if _, err := w.listAgain(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// archiverBehind tells whether there is a gap that may be what has not been pushed yet: behind it lies the WAL of a backup that ended
+// just now, and none but backups' own.
+func (w *clusterWAL) archiverBehind() bool {
+	for _, tli := range w.known() {
+		l := w.line(tli)
+		gaps := w.findGaps(l)
+		if len(gaps) == 0 || !w.archives(l) {
+			continue
+		}
+		g, backups := gaps[len(gaps)-1], w.on(l)
+		fresh := slices.ContainsFunc(backups, func(b backupRange) bool { return b.first > g.last && time.Since(b.StoppedAt) < archiverTime })
+		if fresh && !slices.ContainsFunc(w.numbers(l), func(no uint64) bool { return no > g.last && !ownOf(backups, no) }) {
+			return true
+		}
+	}
+	return false
+}
+
+// ownOf tells whether a segment is one of those that backups need to be consistent.
+func ownOf(backups []backupRange, no uint64) bool {
+	return slices.ContainsFunc(backups, func(b backupRange) bool { return b.first <= no && no < b.end })
 }
 
 // within tells whether gaps have the segment of a name.
@@ -474,7 +519,7 @@ func (w *clusterWAL) archives(l walLine) bool {
 		}
 		own, others := 0, 0
 		for _, no := range numbers[from:to] {
-			if slices.ContainsFunc(backups, func(b backupRange) bool { return b.first <= no && no < b.end }) {
+			if ownOf(backups, no) {
 				own++
 			} else {
 				others++

@@ -416,6 +416,8 @@ func (p *pruner) collect(ctx context.Context, i *inventory, b *storedBackup) (ke
 		return false, err
 	}
 	switch fate := p.fate(i, b, held); fate {
+	case nothing:
+		return false, p.dropWord(ctx, b)
 	case waits:
 		p.report.Waiting = append(p.report.Waiting, b.BackupName)
 		return b.manifest, nil
@@ -440,6 +442,17 @@ func (p *pruner) collect(ctx context.Context, i *inventory, b *storedBackup) (ke
 		}
 	}
 	return false, nil
+}
+
+// dropWord deletes what another prune said of a backup when that had gone.
+func (p *pruner) dropWord(ctx context.Context, b *storedBackup) error {
+	if !p.o.Apply || b.deleted.IsZero() || b.standalone.IsZero() {
+		return nil
+	}
+	if err := p.r.store.Delete(ctx, standaloneKey(b.Cluster, b.Backup)); err != nil {
+		return fmt.Errorf("delete a word about backup %s, which is gone: %w", b.BackupName, err)
+	}
+	return nil
 }
 
 // fate is what becomes of a backup's objects.

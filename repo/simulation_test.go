@@ -25,17 +25,16 @@ import (
 
 // TestCrashSimulation runs writers, readers, prunes, holds, archivers of WAL and checks at once on a store that fails, forgets, repeats and
 // delays, with processes that die or stand still at any step and clocks that jump, and after every operation looks at
-// what docs/format.md, "Sessions and deletion", promises. A seed that fails fails again.
+// what docs/format.md, "Sessions and deletion", promises. A seed that fails fails again: PGTHAW_SIMULATION_SEED is one, or that of a campaign to begin with.
 func TestCrashSimulation(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // handing over to another thread is what takes the time
 	defer debug.SetGCPercent(debug.SetGCPercent(400))
-	runs := rounds(200)
-	if n, err := strconv.Atoi(os.Getenv("PGTHAW_CRASH_ROUNDS")); err == nil {
-		runs = 2000 * n
-	}
-	first := uint64(1)
+	first, runs := uint64(1), rounds(200)
 	if n, err := strconv.ParseUint(os.Getenv("PGTHAW_SIMULATION_SEED"), 10, 64); err == nil {
 		first, runs = n, 1
+	}
+	if n, err := strconv.Atoi(os.Getenv("PGTHAW_CRASH_ROUNDS")); err == nil {
+		runs = 2000 * n
 	}
 	stats := simStats{}
 	for seed := first; seed < first+uint64(runs); seed++ {

@@ -190,19 +190,28 @@ func (c *checker) checkKeySlots(ctx context.Context) error {
 			c.report(Finding{Object: slot.key(), Err: foreign(slot), Cost: "Its label and recipient may be wrong; nothing opens with it."})
 		}
 	}
-	if object := objectOf(err); object != "" {
-		c.report(Finding{Object: object, Err: err, Cost: "Whoever holds this key cannot open the repository with it."})
-	}
-	return unanswered(ctx, err)
+	return c.reportEach(ctx, err, "Whoever holds this key cannot open the repository with it.")
 }
 
 // checkSessions reads what is announced. Prune deletes nothing while it does not know what somebody uses.
 func (c *checker) checkSessions(ctx context.Context) error {
 	_, err := c.r.sessions(ctx)
-	if object := objectOf(err); object != "" {
-		c.report(Finding{Object: object, Err: err, Cost: "Prune cannot reclaim anything until it is deleted."})
+	return c.reportEach(ctx, err, "Prune cannot reclaim anything until it is deleted.")
+}
+
+// reportEach reports each object of those that an error names, and returns what is left of it.
+func (c *checker) reportEach(ctx context.Context, err error, cost string) (unexplained error) {
+	all := []error{err}
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		all = joined.Unwrap()
 	}
-	return unanswered(ctx, err)
+	for _, err := range all {
+		if object := objectOf(err); object != "" {
+			c.report(Finding{Object: object, Err: err, Cost: cost})
+		}
+		unexplained = errors.Join(unexplained, unanswered(ctx, err))
+	}
+	return unexplained
 }
 
 // checkBackups reads every manifest and pack list.

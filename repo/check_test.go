@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -573,6 +574,21 @@ func TestCheckBesideArchiving(t *testing.T) {
 	}
 }
 
+// checkNames checks the repository with some objects damaged: these are found, and no others.
+func checkNames(t *testing.T, r *Repository, damaged map[string][]byte) {
+	t.Helper()
+	cold := coldRepository(r)
+	cold.store = &damagedStore{Mem: r.store.(*store.Mem), bodies: damaged}
+	var found []string
+	if _, err := cold.Check(t.Context(), CheckOptions{}, func(f Finding) { found = append(found, f.Object) }); err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(found)
+	if want := slices.Sorted(maps.Keys(damaged)); !slices.Equal(found, want) {
+		t.Errorf("found %v, want %v", found, want)
+	}
+}
+
 // TestCheckAwaitsArchiver: what lies before a backup that ended just now the archiver may still be about to push. That is waited for, and
 // nothing else.
 func TestCheckAwaitsArchiver(t *testing.T) {
@@ -616,25 +632,25 @@ func TestCheckAwaitsArchiver(t *testing.T) {
 	}
 }
 
-// TestCheckNamesSessions: an object of a session that seems to be a newer pgthaw's is named, as one that is damaged is.
+// TestCheckNamesSessions: an object of a session that seems to be a newer pgthaw's is named, as one that is damaged is, and of several
+// every one.
 func TestCheckNamesSessions(t *testing.T) {
 	bothSeals(t, func(t *testing.T, keys ...Key) {
 		r := newMemRepository(t, keys...)
-		writeTestBackup(t, r, testFiles{"pgdata/PG_VERSION": []byte("15\n")}, nil)
+		for range 2 {
+			writeTestBackup(t, r, testFiles{"pgdata/PG_VERSION": []byte("15\n")}, nil)
+		}
+		all := map[string][]byte{}
 		for key, b := range objectsOf(t, r.store) {
 			if !strings.HasPrefix(key, sessionsPrefix) {
 				continue
 			}
 			newer := flipAt(5)(bytes.Clone(b)) // a sealed document's version; what is plain does not match its checksum then
-			cold := coldRepository(r)
-			cold.store = &damagedStore{Mem: r.store.(*store.Mem), bodies: map[string][]byte{key: newer}}
-			var found []string
-			if _, err := cold.Check(t.Context(), CheckOptions{}, func(f Finding) { found = append(found, f.Object) }); err != nil {
-				t.Fatal(err)
-			}
-			if !slices.Equal(found, []string{key}) {
-				t.Errorf("%s: found %v", key, found)
+			checkNames(t, r, map[string][]byte{key: newer})
+			if strings.HasSuffix(key, begunSuffix) {
+				all[key] = newer
 			}
 		}
+		checkNames(t, r, all)
 	})
 }

@@ -23,6 +23,7 @@ func TestBench(t *testing.T) {
 	b := newBench(t)
 	b.fullBackup()
 	b.timeToFirstQuery()
+	b.bootImage()
 	b.fullRestore()
 	b.mount()
 	b.secondBackup()
@@ -204,13 +205,15 @@ func (b *bench) timeToFirstQuery() {
 	b.row("pgBackRest restore, start, first query", fmt.Sprintf("%.1f s, ratio %.0f", theirs.Seconds(), theirs.Seconds()/large.Seconds()), ">= 20")
 }
 
-func (b *bench) thaw(cluster string) time.Duration {
+// thaw is the time to the first query.
+func (b *bench) thaw(cluster string, args ...string) time.Duration {
 	b.t.Helper()
 	target := filepath.Join(b.dir, "thawed")
 	var done struct {
 		ReadyMS int64 `json:"ready_ms"`
 	}
-	asPostgres.run(b.t, "--repo", b.repo, "--json", "thaw", cluster, "latest", "--target", target, "--start", "--hydrate", "off", "--bindir", b.c.bin).ok(b.t).into(b.t, &done)
+	args = append([]string{"--repo", b.repo, "--json", "thaw", cluster, "latest", "--target", target, "--start", "--hydrate", "off", "--bindir", b.c.bin}, args...)
+	asPostgres.run(b.t, args...).ok(b.t).into(b.t, &done)
 	b.runAsPostgres(b.c.tool(b.t, "pg_ctl"), "stop", "-m", "immediate", "-D", target)
 	asPostgres.run(b.t, "--repo", b.repo, "overlay", "discard", target).ok(b.t)
 	return time.Duration(done.ReadyMS) * time.Millisecond

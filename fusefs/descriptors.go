@@ -124,8 +124,8 @@ func (v *Overlay) wantShed() {
 	}
 }
 
-// shedPatience is ample: to have a hundred thousand names forgotten takes a tenth of it.
-const shedPatience = 2 * time.Second
+// shedPatience is ample.
+const shedPatience = 500 * time.Millisecond
 
 func (c crowding) err() error {
 	if c == full {
@@ -156,8 +156,11 @@ func (v *Overlay) shed() {
 	want := v.nodes.count() - v.nodes.limit*3/8
 	known := v.closedByDirectory()
 	for dir, names := range known {
-		if up, name := filepath.Split(dir); up != "" && want > 0 {
-			v.server.EntryNotify(v.idOf(strings.TrimSuffix(up, "/")), name)
+		up, name := filepath.Split(dir)
+		if want <= 0 || up == "" {
+			continue
+		}
+		if s := v.server.EntryNotify(v.idOf(strings.TrimSuffix(up, "/")), name); s.Ok() {
 			want -= len(names)
 			delete(known, dir)
 		}

@@ -19,44 +19,31 @@ func CheckPlace(dir string) error {
 	return checkHoles(int(d.Fd()))
 }
 
-// Unnamed makes a file in a directory that ends with its descriptor.
-func Unnamed(dir string) (*os.File, error) {
+// Try makes a file in a directory, which goes when fn returns.
+func Try(dir string, fn func(*os.File) error) error {
 	d, err := os.Open(dir)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer d.Close()
-	fd, err := unnamed(int(d.Fd()))
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), dir), nil
+	return try(int(d.Fd()), fn)
 }
 
-// unnamed makes a file without a name; where the file system cannot (NFS; overlayfs before Linux 6.3), one whose name goes
-// at once.
-func unnamed(dirfd int) (int, error) {
+// try makes a file without a name; where the file system cannot (NFS; overlayfs before Linux 6.3) it has one as long as fn runs.
+func try(dirfd int, fn func(*os.File) error) error {
 	fd, err := unix.Openat(dirfd, ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) {
-		return fd, wrapUnnamed(err)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) {
+		name := fmt.Sprintf(".pgthaw-probe.%d", os.Getpid())
+		if fd, err = unix.Openat(dirfd, name, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600); err == nil {
+			defer unix.Unlinkat(dirfd, name, 0)
+		}
 	}
-	name := fmt.Sprintf(".pgthaw-probe.%d", os.Getpid())
-	fd, err = unix.Openat(dirfd, name, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return -1, wrapUnnamed(err)
+		return fmt.Errorf("make a file: %w", err)
 	}
-	if err := unix.Unlinkat(dirfd, name, 0); err != nil {
-		unix.Close(fd)
-		return -1, fmt.Errorf("remove a file: %w", err)
-	}
-	return fd, nil
-}
-
-func wrapUnnamed(err error) error {
-	if err != nil {
-		err = fmt.Errorf("make a file: %w", err)
-	}
-	return err
+	f := os.NewFile(uintptr(fd), "a file")
+	defer f.Close()
+	return fn(f)
 }
 
 // ErrNoFUSE: nothing can be mounted here.

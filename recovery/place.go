@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -34,11 +35,15 @@ func checkPlaces(roots []root, o owner) error {
 }
 
 func checkPlace(dir string, o owner) error {
-	f, err := fusefs.Unnamed(dir)
-	if err != nil {
-		return err
+	err := fusefs.Try(dir, func(f *os.File) error { return o.checkGiven(f) })
+	if errors.Is(err, fs.ErrPermission) && !o.foreign() {
+		return withHint(err, "Name a directory of yours, or run this as the user it belongs to.")
 	}
-	defer f.Close()
+	return err
+}
+
+// checkGiven gives a file to the owner and looks whether that is so.
+func (o owner) checkGiven(f *os.File) (err error) {
 	if o.foreign() {
 		err = f.Chown(o.uid, o.gid)
 	}
@@ -63,7 +68,7 @@ func (j *job) checkThawable(ctx context.Context, mode hydration) error {
 		return withHint(fmt.Errorf("%w: %d", err, fusefs.FileLimit()), "Raise the hard limit of this user, with `ulimit -Hn` or in /etc/security/limits.conf: two for each file of the cluster are best.")
 	}
 	if files := j.route.Manifest.Files; files > fusefs.KnownFiles() {
-		j.Log.Warn("more files than may be open: names will be looked up again and again; raise the hard limit of ulimit -n to two for each file",
+		j.Log.Warn("the limit on open files is lower than two for each file: names are looked up again and again, and a server that has very many open fails; raise ulimit -Hn",
 			"files", files, "limit", fusefs.FileLimit())
 	}
 	for _, r := range j.roots {
@@ -131,18 +136,18 @@ func checkSpace(roots []root, need []room) error {
 	for i, r := range roots {
 		dir := r.place()
 		var st unix.Stat_t
-		var fs unix.Statfs_t
-		if err := errors.Join(unix.Stat(dir, &st), unix.Statfs(dir, &fs)); err != nil {
+		var has unix.Statfs_t
+		if err := errors.Join(unix.Stat(dir, &st), unix.Statfs(dir, &has)); err != nil {
 			return fmt.Errorf("%w: %s: %w", ErrTargetDir, dir, err)
 		}
 		n := total[st.Dev]
 		n.bytes += need[i].bytes
 		n.files += need[i].files
 		total[st.Dev] = n
-		if free := int64(fs.Bavail) * fs.Bsize; fs.Blocks > 0 && n.bytes > free {
+		if free := int64(has.Bavail) * has.Bsize; has.Blocks > 0 && n.bytes > free {
 			return fmt.Errorf("%w: %s has %d bytes free, but %d are needed", ErrTargetDir, dir, free, n.bytes)
 		}
-		if free := int64(fs.Ffree); fs.Files > 0 && n.files > free {
+		if free := int64(has.Ffree); has.Files > 0 && n.files > free {
 			return fmt.Errorf("%w: %s has room for %d files more, but %d are needed", ErrTargetDir, dir, free, n.files)
 		}
 	}

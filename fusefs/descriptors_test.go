@@ -119,3 +119,41 @@ func TestFewDescriptorsAllOpen(t *testing.T) {
 	}
 	expectQuiet(t, v.c)
 }
+
+// TestMemoryOfKnownFiles counts what a mount takes for each file that the kernel knows, garbage among it.
+func TestMemoryOfKnownFiles(t *testing.T) {
+	if testing.Short() {
+		t.Skip("makes very many files")
+	}
+	const files, most = 10_000, 2 << 10 // the last in bytes
+	tree := lowerTree{}
+	tree.dir("pgdata", 0o700)
+	for i := range files {
+		tree.file(fmt.Sprintf("pgdata/%d", i), 0o600, []byte("some"))
+	}
+	v := thaw(t, tree, OverlayOptions{Passthrough: true, FillOnRead: true})
+	before := v.c.resident(t)
+	if err := lookAtAll(v.dir); err != nil {
+		t.Fatal(err)
+	}
+	took := v.c.resident(t) - before
+	t.Logf("a file takes %d bytes", took/files)
+	if took > files*most {
+		t.Errorf("%d files take %d bytes", files, took)
+	}
+}
+
+// resident is what a child has in memory, bytes.
+func (c *child) resident(t *testing.T) int64 {
+	t.Helper()
+	// proc_pid_statm(5): the second number, in pages.
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", c.cmd.Process.Pid))
+	var total, pages int64
+	if err == nil {
+		_, err = fmt.Sscan(string(text), &total, &pages)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pages * int64(os.Getpagesize())
+}

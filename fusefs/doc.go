@@ -17,6 +17,7 @@
 //   - node: an inode that the kernel knows, pinned by an O_PATH descriptor; hard links share one.
 //   - file: a regular file's content; all that decides which byte comes from where is in file.go, beside.go and holes.go.
 //   - handles: who has it open, and whether the kernel serves it by itself (passthrough).
+//   - nodes.limit: how many inodes there are descriptors for; descriptors.go has the kernel forget some.
 //   - branch: a part of the tree that leaves the mount as one when it is whole; leave.go takes it out.
 //
 // Invariants:

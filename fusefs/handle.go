@@ -123,6 +123,13 @@ func (h *handles) isCached() bool {
 	return h.cached > 0
 }
 
+// isOpen tells whether there is a backing descriptor.
+func (h *handles) isOpen() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.users > 0
+}
+
 // close ends the file when nobody can ask for it any more.
 func (f *file) close() {
 	f.open.mu.Lock()

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -112,23 +113,28 @@ const probeSize = 8 << 20
 // is written must be data from then on, zeros among them, and nothing around it. ZFS turns zeros into holes, tmpfs with
 // huge pages makes 2 MiB of one block, ext4 with inline_data cannot seek in a file of which only the start is written.
 func checkHoles(dirfd int) error {
-	fd, err := unix.Openat(dirfd, ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return fmt.Errorf("make an unnamed file: %w", err)
-	}
-	defer unix.Close(fd)
+	return try(dirfd, func(f *os.File) error {
+		fd := int(f.Fd())
+		block, err := blockSize(fd)
+		if err == nil {
+			err = checkAttribute(fd)
+		}
+		if err == nil {
+			err = checkUnwritten(fd, block)
+		}
+		if err == nil {
+			err = checkWrittenZeros(fd, block)
+		}
+		if err != nil {
+			return fmt.Errorf("this file system cannot hold an overlay: %w", err)
+		}
+		return nil
+	})
+}
+
+func checkAttribute(fd int) error {
 	if err := unix.Fsetxattr(fd, lowerAttr, []byte("1 probe"), 0); err != nil {
 		return fmt.Errorf("set a user extended attribute: %w", err)
-	}
-	block, err := blockSize(fd)
-	if err == nil {
-		err = checkUnwritten(fd, block)
-	}
-	if err == nil {
-		err = checkWrittenZeros(fd, block)
-	}
-	if err != nil {
-		return fmt.Errorf("this file system cannot hold an overlay: %w", err)
 	}
 	return nil
 }

@@ -162,6 +162,12 @@ func (l *layer) mkdir(wg *sync.WaitGroup, parent int, name string, e repo.Entry)
 	if err != nil {
 		return err
 	}
+	if o := l.o.Owner; o != nil { // now, so that who may discard it can, however far it comes
+		if err := unix.Fchown(fd, int(o.UID), int(o.GID)); err != nil {
+			unix.Close(fd)
+			return err
+		}
+	}
 	return l.spread(wg, func() error {
 		defer unix.Close(fd)
 		return l.dir(fd, name, e)

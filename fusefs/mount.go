@@ -113,7 +113,11 @@ func fusermount(dir string, flags int) error {
 	if flags&unix.MNT_DETACH != 0 {
 		option = "-uz"
 	}
-	cmd := exec.Command("fusermount3", option, "--", dir)
+	program, err := fusermountProgram()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(program, option, "--", dir)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	out, err := cmd.CombinedOutput()
 	if err != nil && bytes.Contains(out, []byte("busy")) {

@@ -48,7 +48,7 @@ func (v *Overlay) newFile(n *node) *file {
 }
 
 // entry answers with the node at a path, to which the kernel has one reference more from now on. The attributes are not
-// to be believed for longer than this answer (see SetAttr), unless the caller knows better.
+// to be believed for longer than this answer (see SetAttr), unless the caller knows better. The caller has made way.
 func (v *Overlay) entry(dir *node, path string, out *fuse.EntryOut) (*node, error) {
 	n, st, err := v.look(dir.branch, dir.fd, path)
 	if err != nil {
@@ -65,6 +65,9 @@ func (v *Overlay) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out 
 	dir, path, err := v.place(in.NodeId, name)
 	if errors.Is(err, unix.EPERM) {
 		return fuse.ENOENT
+	}
+	if err == nil {
+		err = v.makeWay()
 	}
 	var n *node
 	if err == nil {
@@ -94,6 +97,9 @@ func (v *Overlay) Forget(id, lookups uint64) {
 // umask in it but not ours.
 func (v *Overlay) make(in *fuse.InHeader, name string, mode uint32, create func(dirfd int, path string) error, out *fuse.EntryOut) error {
 	dir, path, err := v.place(in.NodeId, name)
+	if err == nil {
+		err = v.makeWay()
+	}
 	if err != nil {
 		return err
 	}

@@ -31,6 +31,7 @@ type nodes struct {
 	byID  map[uint64]*node
 	byKey map[inodeKey]*node
 	last  uint64 // the newest id
+	limit int    // of nodes; what the hydrator has in hand may go beyond it
 }
 
 func newNodes(rootfd int, st *unix.Stat_t, top *branch) *nodes {

@@ -27,6 +27,7 @@ type OverlayOptions struct {
 	Passthrough bool              // let the kernel serve whole files by itself, where it can
 	FillOnRead  bool              // what is read from the repository is written into the hole it was read for
 	Leave       Leaving           // what Leave takes out of the mount; it takes root
+	KnownFiles  int               // that the kernel may know of, each for two descriptors; 0: KnownFiles()
 	First       []string          // directories of the root that Hydrate makes whole before all else, in this order
 
 	// Touched is called when a file with a lower is opened, then n is 0, and when somebody waits for n bytes of it, as the
@@ -66,6 +67,7 @@ type Overlay struct {
 	ended  bool
 
 	nodes       *nodes
+	crowded     chan struct{} // they are to become fewer
 	dirs        dirHandles
 	passthrough atomic.Bool // false once the kernel refused
 	openFiles   atomic.Int64
@@ -111,13 +113,16 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 		leaves: os.Geteuid() == 0 && o.Leave != Never,
 		top:    new(branch),
 		ctx:    ctx, cancel: cancel,
-		gone: make(chan struct{}),
+		gone: make(chan struct{}), crowded: make(chan struct{}, 1),
 	}
 	v.passthrough.Store(o.Passthrough)
 	if err := v.openBare(); err != nil {
 		return nil, fmt.Errorf("open %s: %w", dir, err)
 	}
 	raiseFileLimit()
+	if v.nodes.limit = o.KnownFiles; v.nodes.limit == 0 {
+		v.nodes.limit = KnownFiles()
+	}
 	served, err := serve(v, dir, v.mountOptions())
 	if err != nil {
 		unix.Close(v.root)
@@ -125,6 +130,7 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 	}
 	v.served = served
 	go v.end()
+	go v.shedWhenCrowded()
 	if v.dev, _, err = devIno(dir, 0); err != nil {
 		return nil, errors.Join(fmt.Errorf("look at the mount at %s: %w", dir, err), v.Unmount())
 	}
@@ -184,16 +190,6 @@ func (v *Overlay) mountOptions() fuse.MountOptions {
 		o.DisabledCapabilities = fuse.CAP_PASSTHROUGH
 	}
 	return o
-}
-
-// raiseFileLimit allows as many descriptors as may be: each inode that the kernel knows takes one. Go has raised the
-// soft limit to the hard one already; root can go higher.
-func raiseFileLimit() {
-	limit := unix.Rlimit{Cur: 1 << 20, Max: 1 << 20}
-	var now unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &now); err == nil && now.Max < limit.Max {
-		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) // not allowed: then the limit is what it is
-	}
 }
 
 // end cleans up when the mount is gone.

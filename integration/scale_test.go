@@ -48,6 +48,7 @@ func TestManyRelations(t *testing.T) {
 	t.Logf("thaw %v", a.measured(t, "thaw", "main", "latest", "--target", data, "--bindir", p.bin, "--hydrate", "off").took)
 	c = adopt(t, p, data)
 	checkRelations(t, c, all)
+	shellAs(t, "postgres", "ls -lR "+data+" | wc -l")
 	peak := peakMemory(t, overlayStatus(t, asPostgres, data).PID)
 	t.Logf("the daemon's peak is %d MB", peak>>20)
 	if peak > memoryLimit {

@@ -196,7 +196,8 @@ func (d *daemon) mountAll(ctx context.Context, b *repo.Backup) error {
 	for i, r := range d.record.Roots {
 		o := fusefs.OverlayOptions{
 			Log: d.log, AllowOther: os.Geteuid() == 0, Passthrough: true, FillOnRead: true, Touched: d.starting.touched,
-			Leave: fusefs.Whole, // a tablespace: the server reaches it by its absolute path
+			KnownFiles: fusefs.KnownFiles() / len(d.record.Roots),
+			Leave:      fusefs.Whole, // a tablespace: the server reaches it by its absolute path
 		}
 		if i == 0 {
 			o.Hidden = []string{privateDir}

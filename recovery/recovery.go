@@ -123,6 +123,9 @@ func prepare(ctx context.Context, r *repo.Repository, o Options) (*job, error) {
 	if j.owner, err = serverOwner(ctx, j.dir(), j.backup); err != nil {
 		return nil, err
 	}
+	if err := checkPlaces(j.roots, j.owner); err != nil {
+		return nil, err
+	}
 	files, err := readConfFiles(ctx, j.backup, j.owner)
 	if err != nil {
 		return nil, fmt.Errorf("read configuration files of the backup: %w", err)
@@ -194,27 +197,6 @@ func syncFileSystem(dir string) error {
 	defer d.Close()
 	if err := unix.Syncfs(int(d.Fd())); err != nil {
 		return fmt.Errorf("sync file system of %s: %w", dir, err)
-	}
-	return nil
-}
-
-// checkSpace refuses to begin what must end in "no space left on device". need is in bytes, by root.
-func checkSpace(roots []root, need []int64) error {
-	total := make(map[uint64]int64) // by device
-	for i, r := range roots {
-		dir := r.Dir
-		if r.Made {
-			dir = filepath.Dir(dir)
-		}
-		var st unix.Stat_t
-		var fs unix.Statfs_t
-		if err := errors.Join(unix.Stat(dir, &st), unix.Statfs(dir, &fs)); err != nil {
-			return fmt.Errorf("%w: %s: %w", ErrTargetDir, dir, err)
-		}
-		total[st.Dev] += need[i]
-		if free := int64(fs.Bavail) * fs.Bsize; total[st.Dev] > free {
-			return fmt.Errorf("%w: %s has %d bytes free, but %d are needed", ErrTargetDir, dir, free, total[st.Dev])
-		}
 	}
 	return nil
 }

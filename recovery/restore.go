@@ -67,7 +67,7 @@ type copier struct {
 	dirs    []placed // parents first
 	links   []placed
 	control *restoredFile
-	need    []int64 // bytes, by root
+	need    []room // by root
 	total   int64
 	done    atomic.Int64
 }
@@ -81,7 +81,7 @@ type placed struct {
 
 // collect walks through the backup; nothing is written.
 func (j *job) collect(ctx context.Context) (*copier, error) {
-	c := &copier{job: j, need: make([]int64, len(j.roots))}
+	c := &copier{job: j, need: make([]room, len(j.roots))}
 	err := j.walk(ctx, func(root int, name string, p placed) error {
 		c.add(root, name, p)
 		return nil
@@ -90,7 +90,7 @@ func (j *job) collect(ctx context.Context) (*copier, error) {
 		return nil, err
 	}
 	for _, n := range c.need {
-		c.total += n
+		c.total += n.bytes
 	}
 	if c.control == nil {
 		return nil, fmt.Errorf("%w: backup %s has no %s", repo.ErrCorrupt, j.route.Manifest.ID, controlPath)
@@ -113,6 +113,7 @@ func (j *job) walk(ctx context.Context, fn func(root int, name string, p placed)
 }
 
 func (c *copier) add(root int, name string, p placed) {
+	c.need[root].files++
 	switch {
 	case p.entry.IsDir():
 		if name != "" {
@@ -122,9 +123,9 @@ func (c *copier) add(root int, name string, p placed) {
 		c.links = append(c.links, p)
 	case isControl(root, name):
 		c.control = &restoredFile{placed: p}
-		c.need[root] += p.entry.Size
+		c.need[root].bytes += p.entry.Size
 	case c.isFile(root, name, p.entry):
-		c.need[root] += p.entry.Size
+		c.need[root].bytes += p.entry.Size
 	}
 }
 

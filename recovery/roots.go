@@ -247,6 +247,14 @@ func fromPasswd(u *user.User) (owner, error) {
 	return owner{uid, gid, u.Username}, errors.Join(err1, err2)
 }
 
+// String is the user's name, or number.
+func (o owner) String() string {
+	if o.name == "" {
+		return strconv.Itoa(o.uid)
+	}
+	return o.name
+}
+
 // foreign tells whether files have to be given away.
 func (o owner) foreign() bool { return o.uid != os.Geteuid() }
 

@@ -51,12 +51,8 @@ func thaw(ctx context.Context, r *repo.Repository, o ThawOptions) (Result, error
 	if err != nil {
 		return Result{}, err
 	}
-	if !mode.off {
-		need := make([]int64, len(j.roots))
-		need[0] = j.route.Manifest.SizeBytes
-		if err := checkSpace(j.roots, need); err != nil {
-			return Result{}, withHint(err, "Hydration needs that much; --hydrate off copies only what is touched.")
-		}
+	if err := j.checkThawable(ctx, mode); err != nil {
+		return Result{}, err
 	}
 	before := r.ReadBytes()
 	err = j.lay(ctx, o)
@@ -108,14 +104,15 @@ func (j *job) lay(ctx context.Context, o ThawOptions) error {
 // at once. More than that is hydrated, before all else.
 const atOnce = 64 << 20
 
+const walDir = "pgdata/pg_wal"
+
 func (j *job) layOptions(ctx context.Context) (fusefs.LayOptions, error) {
-	const wal = "pgdata/pg_wal"
-	size, err := j.sizeBelow(ctx, wal)
+	size, err := j.sizeBelow(ctx, walDir)
 	if err != nil {
 		return fusefs.LayOptions{}, err
 	}
 	o := fusefs.LayOptions{
-		Whole: func(path string) bool { return size <= atOnce && strings.HasPrefix(path, wal+"/") },
+		Whole: func(path string) bool { return size <= atOnce && strings.HasPrefix(path, walDir+"/") },
 		Link:  func(path, target string) string { return relink(j.roots, path, target) },
 		Rename: func(path string) string {
 			if path == "pgdata/"+versionFile {

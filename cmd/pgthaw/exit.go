@@ -82,7 +82,7 @@ func isNewerFormat(err error) bool {
 	return errors.As(err, &f)
 }
 
-var isMountError = anyOf(recovery.ErrLost, fusefs.ErrNoMount, fusefs.ErrOverlay, syscall.EBUSY)
+var isMountError = anyOf(recovery.ErrLost, fusefs.ErrNoMount, fusefs.ErrOverlay, fusefs.ErrNoFUSE, fusefs.ErrFewFiles, syscall.EBUSY)
 
 // isOutOfReach knows a network's errors and those of a network file system. (net.Error will not do: every errno is one.)
 func isOutOfReach(err error) bool {
@@ -113,7 +113,7 @@ func mountFailed(err error) error {
 	if err == nil || exitCode(err) != exitFailed {
 		return err
 	}
-	return &failure{err: err, code: exitMount, hint: "Is fuse3 installed, and /dev/fuse there?"}
+	return &failure{err: err, code: exitMount, hint: "It takes /dev/fuse and fuse3's fusermount3; root needs CAP_SYS_ADMIN, which containers are seldom given."}
 }
 
 // interrupted is an error that a signal caused. What it says of what is left behind must reach whoever sent the signal.

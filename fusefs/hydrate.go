@@ -36,7 +36,14 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 		return err
 	}
 	defer done()
-	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1)}
+	rooms, err := newRooms()
+	if err != nil {
+		return fmt.Errorf("hydrate %s: %w", v.dir, err)
+	}
+	defer rooms.close()
+	h := &hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1), rooms: rooms}
+	v.hydrating.Store(h)
+	defer v.hydrating.Store(nil)
 	for {
 		whole, err := h.round(ctx)
 		if err != nil && v.ctx.Err() != nil {
@@ -60,6 +67,7 @@ type hydrator struct {
 	v      *Overlay
 	rate   rate
 	narrow chan struct{} // holds one while a worker has its turn beside others
+	rooms  *rooms        // for readers: see around.go
 
 	mu      sync.Mutex
 	filled  []*node // placeholders that wait for a common sync
@@ -180,6 +188,23 @@ func (f *filling) open(large bool) (err error) {
 	return nil
 }
 
+func (f *filling) close() {
+	if f.direct >= 0 {
+		unix.Close(f.direct)
+	}
+	if f.fd >= 0 {
+		f.n.file.open.release()
+	}
+}
+
+// write writes lower bytes, p from base on, into what is a hole still; directly if it is no less than least.
+func (f *filling) write(holes []span, p []byte, base, least int64) error {
+	if f.direct < 0 {
+		return f.n.file.fillFrom(f.fd, holes, p, base)
+	}
+	return f.n.file.fillDirect(f.fd, f.direct, holes, p, base, least)
+}
+
 // done counts parts that are through with. When all are, it sees to it that the placeholder's attribute is taken away.
 func (h *hydrator) done(f *filling, parts int32) (err error) {
 	if f.left.Add(-parts) > 0 {
@@ -189,12 +214,7 @@ func (h *hydrator) done(f *filling, parts int32) (err error) {
 	if !f.failed.Load() {
 		later, err = h.whole(f)
 	}
-	if f.direct >= 0 {
-		unix.Close(f.direct)
-	}
-	if f.fd >= 0 {
-		f.n.file.open.release()
-	}
+	f.close()
 	if !later {
 		h.v.nodes.drop(f.n, 1)
 		return err
@@ -204,6 +224,7 @@ func (h *hydrator) done(f *filling, parts int32) (err error) {
 
 // whole brings a file to disk that is filled, or leaves that for later.
 func (h *hydrator) whole(f *filling) (later bool, err error) {
+	f.n.file.beside.wait()
 	filled, err := f.n.file.checkFilled(f.fd)
 	if err == nil && !filled {
 		err = errors.New("a hole is left in a hydrated file")
@@ -257,10 +278,7 @@ func (h *hydrator) piece(ctx context.Context, t *turn, f *filling, s span, buf [
 		return err
 	}
 	h.v.hydrated.Add(total(holes))
-	if f.direct < 0 {
-		return f.n.file.fillFrom(f.fd, holes, buf, s.from)
-	}
-	return f.n.file.fillDirect(f.fd, f.direct, holes, buf, s.from)
+	return f.write(holes, buf, s.from, directLeast)
 }
 
 // takeFilled takes the placeholders that wait for a sync, if there are so many.

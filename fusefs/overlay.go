@@ -70,6 +70,7 @@ type Overlay struct {
 	passthrough atomic.Bool // false once the kernel refused
 	openFiles   atomic.Int64
 	traffic     traffic
+	hydrating   atomic.Pointer[hydrator] // nil: Hydrate is not running
 	hydrated    atomic.Int64 // bytes that Hydrate brought, of all runs
 }
 

@@ -36,6 +36,19 @@ func (r *rate) allow(now time.Time, n int64) time.Time {
 	return from
 }
 
+// spare tells whether n more bytes may be written at once, for which others wait then: they are not to wait for long.
+func (r *rate) spare(n int64) bool {
+	const debt = time.Second
+	now := time.Now()
+	r.mu.Lock()
+	free := r.next.Before(now.Add(debt))
+	r.mu.Unlock()
+	if r.bytesPerSecond > 0 && free {
+		r.allow(now, n)
+	}
+	return free
+}
+
 // most is how much may be written at once.
 func (r *rate) most() int64 {
 	if r.bytesPerSecond <= 0 {
@@ -120,15 +133,23 @@ func (t *traffic) inHand() bool {
 }
 
 // turn is a worker's leave to fill one piece. Beside others who use the mount one worker at a time has it, fills little, and then
-// rests for as long as they had requests meanwhile.
+// rests for as long as they had requests meanwhile; if somebody waits for a processor, much longer.
 type turn struct {
 	size   int64
 	narrow bool
 	before time.Duration // as look tells
+	began  time.Time
 }
 
 // begin is where the work of a turn begins.
-func (t *turn) begin(v *Overlay) { t.before, _ = v.traffic.look() }
+func (t *turn) begin(v *Overlay) {
+	t.before, _ = v.traffic.look()
+	t.began = time.Now()
+}
+
+// restCrowded is how many times as long as it worked a worker rests when there are more who want a processor than processors: it
+// works a fifth of the time, and the others have what they would have without it, but for that.
+const restCrowded = 4
 
 // besideOthers is how much is filled at once beside others, bytes: some milliseconds' work.
 const besideOthers = 1 << 20
@@ -150,7 +171,11 @@ func (h *hydrator) turn(ctx context.Context) (turn, error) {
 // end ends a turn.
 func (h *hydrator) end(ctx context.Context, t turn) error {
 	spent, _ := h.v.traffic.look()
-	err := sleep(ctx, spent-t.before)
+	rest := spent - t.before
+	if t.narrow && !t.began.IsZero() && crowded() {
+		rest = restCrowded * time.Since(t.began)
+	}
+	err := sleep(ctx, rest)
 	if t.narrow {
 		<-h.narrow
 	}

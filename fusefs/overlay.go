@@ -71,7 +71,7 @@ type Overlay struct {
 	openFiles   atomic.Int64
 	traffic     traffic
 	hydrating   atomic.Pointer[hydrator] // nil: Hydrate is not running
-	hydrated    atomic.Int64 // bytes that Hydrate brought, of all runs
+	hydrated    atomic.Int64             // bytes that Hydrate brought, of all runs
 }
 
 // ErrUnmounted: the overlay's mount is gone.

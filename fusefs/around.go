@@ -9,7 +9,7 @@ import (
 )
 
 // A page that somebody waits for is cut out of a chunk, which was decompressed and verified as a whole: most of what such a read
-// costs. While hydration goes on the chunk's other pages are kept, too, so that a server that reads here and there pays for
+// costs. The chunk's other pages are kept, too, so that a server that reads here and there pays for
 // each chunk once. They are written beside, by direct I/O, when the reader has its answer.
 
 const (
@@ -63,8 +63,8 @@ func (r *rooms) take() []byte {
 
 // fromLower reads holes of p, which begins at off.
 func (v *Overlay) fromLower(n *node, fd int, p []byte, off int64, holes []span) error {
-	if h := v.hydrating.Load(); h != nil {
-		if done, err := h.readAround(n, p, off, holes); done {
+	if v.rooms != nil {
+		if done, err := v.readAround(n, p, off, holes); done {
 			return err
 		}
 	}
@@ -72,32 +72,28 @@ func (v *Overlay) fromLower(n *node, fd int, p []byte, off int64, holes []span) 
 }
 
 // readAround reads holes of p, which begins at off, if they come from one chunk, and has all that comes with them written.
-func (h *hydrator) readAround(n *node, p []byte, off int64, holes []span) (done bool, err error) {
+func (v *Overlay) readAround(n *node, p []byte, off int64, holes []span) (done bool, err error) {
 	s, err := n.file.around(holes)
 	if err != nil || s.from == s.to {
 		return false, nil // whoever reads the lower itself says what is wrong
 	}
-	room := h.rooms.take()
+	room := v.rooms.take()
 	if room == nil {
-		return false, nil
-	}
-	if !h.rate.spare(s.to - s.from) {
-		h.rooms.free <- room
 		return false, nil
 	}
 	room = room[:s.to-s.from]
 	if err := n.file.readLower(room, s.from); err != nil {
-		h.rooms.free <- room[:aroundMost]
+		v.rooms.free <- room[:aroundMost]
 		return true, err
 	}
 	for _, hole := range holes {
 		copy(p[hole.from-off:hole.to-off], room[hole.from-s.from:])
 	}
-	h.v.nodes.ref(n)
-	go func() { // Hydrate waits for its room
-		h.keep(n, s, room)
-		h.v.nodes.drop(n, 1)
-		h.rooms.free <- room[:aroundMost]
+	v.nodes.ref(n)
+	go func() { // Overlay.end waits for its room
+		v.keep(n, s, room)
+		v.nodes.drop(n, 1)
+		v.rooms.free <- room[:aroundMost]
 	}()
 	return true, nil
 }
@@ -121,7 +117,7 @@ func (f *file) around(holes []span) (span, error) {
 }
 
 // keep writes what is a hole still of s. What fails is left to hydration itself, which says so.
-func (h *hydrator) keep(n *node, s span, content []byte) {
+func (v *Overlay) keep(n *node, s span, content []byte) {
 	f := filling{n: n, fd: -1, direct: -1}
 	defer f.close()
 	if f.open(true) != nil || n.file.shortOfSpace(f.fd) {
@@ -129,6 +125,6 @@ func (h *hydrator) keep(n *node, s span, content []byte) {
 	}
 	holes, err := n.file.holes(f.fd, s)
 	if err == nil && len(holes) > 0 && f.write(holes, content, s.from, aroundLeast) == nil {
-		h.v.hydrated.Add(total(holes))
+		v.hydrated.Add(total(holes))
 	}
 }

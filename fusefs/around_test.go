@@ -6,7 +6,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,8 +18,8 @@ func (c chunked) Extent(off int64) (from, to int64) {
 	return from, min(from+aroundMost, c.Size())
 }
 
-// aroundOf makes a placeholder, its node, and a run of Hydrate that does nothing by itself.
-func aroundOf(t *testing.T, lower []byte) (*hydrator, *node, int) {
+// aroundOf makes a placeholder, its node, and what of an overlay it takes to read around.
+func aroundOf(t *testing.T, lower []byte) (*Overlay, *node, int) {
 	t.Helper()
 	f, fd := layFile(t, lower)
 	f.openLower = func(string) (io.ReaderAt, error) { return chunked{bytes.NewReader(lower)}, nil }
@@ -33,15 +32,15 @@ func aroundOf(t *testing.T, lower []byte) (*hydrator, *node, int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &hydrator{v: &Overlay{nodes: new(nodes)}, rooms: rooms}, &node{id: 2, fd: pin, file: f, refs: 1}, fd
+	return &Overlay{nodes: new(nodes), rooms: rooms}, &node{id: 2, fd: pin, file: f, refs: 1}, fd
 }
 
 // readPage reads a page, and tells whether what is around it came along.
-func readPage(t *testing.T, h *hydrator, n *node, fd int, off int64, want []byte) (around bool) {
+func readPage(t *testing.T, v *Overlay, n *node, fd int, off int64, want []byte) (around bool) {
 	t.Helper()
 	p := make([]byte, 8192)
 	got, err := n.file.read(fd, p, off, func(holes []span) (err error) {
-		if around, err = h.readAround(n, p, off, holes); !around {
+		if around, err = v.readAround(n, p, off, holes); !around {
 			err = n.file.fromLower(fd, p, off, holes, false)
 		}
 		return err
@@ -56,26 +55,26 @@ func readPage(t *testing.T, h *hydrator, n *node, fd int, off int64, want []byte
 func TestAround(t *testing.T) {
 	const chunk, tail = aroundMost, 21000
 	want := random(rand.New(rand.NewPCG(1, 2)), 3*chunk+tail)
-	h, n, fd := aroundOf(t, want)
+	v, n, fd := aroundOf(t, want)
 	page := bytes.Repeat([]byte("w"), 8192)
 	copy(want[chunk+16384:], page)
 	if _, err := n.file.writeAt(fd, page, chunk+16384); err != nil {
 		t.Fatal(err)
 	}
 	for _, off := range []int64{chunk + 65536, 3 * chunk} {
-		if !readPage(t, h, n, fd, off, want) {
+		if !readPage(t, v, n, fd, off, want) {
 			t.Errorf("at %d its chunk did not come along", off)
 		}
 	}
-	h.rooms.close()
-	if readPage(t, h, n, fd, 0, want) {
+	v.rooms.close()
+	if readPage(t, v, n, fd, 0, want) {
 		t.Error("something came along without room")
 	}
 	holes, err := n.file.holes(fd, span{0, int64(len(want))})
 	if err != nil || fmt.Sprint(holes) != fmt.Sprint([]span{{0, chunk}, {2 * chunk, 3 * chunk}}) {
 		t.Errorf("holes %v, %v", holes, err)
 	}
-	if got := h.v.Hydrated(); got != chunk-8192+tail {
+	if got := v.Hydrated(); got != chunk-8192+tail {
 		t.Errorf("%d bytes hydrated", got)
 	}
 	checkContent(t, n.file, fd, want)
@@ -84,25 +83,11 @@ func TestAround(t *testing.T) {
 	}
 }
 
-// TestAroundKeepsRate: what comes along counts, and does not when there are debts.
-func TestAroundKeepsRate(t *testing.T) {
-	lower := random(rand.New(rand.NewPCG(1, 2)), 2*aroundMost)
-	h, n, fd := aroundOf(t, lower)
-	defer h.rooms.close()
-	h.rate.bytesPerSecond = 1 // the first is a day's worth
-	if !readPage(t, h, n, fd, 0, lower) || time.Until(h.rate.next) < time.Hour {
-		t.Errorf("the first: nobody waits, until %v", h.rate.next)
-	}
-	if readPage(t, h, n, fd, aroundMost, lower) {
-		t.Error("a second came along")
-	}
-}
-
 // TestAroundWholeWaits: a file is not taken for one with holes while what came along is being written.
 func TestAroundWholeWaits(t *testing.T) {
 	lower := random(rand.New(rand.NewPCG(1, 2)), aroundMost)
-	h, n, fd := aroundOf(t, lower)
-	defer h.rooms.close()
+	v, n, fd := aroundOf(t, lower)
+	defer v.rooms.close()
 	holes, err := n.file.holes(fd, span{0, aroundMost})
 	if err != nil {
 		t.Fatal(err)
@@ -115,7 +100,7 @@ func TestAroundWholeWaits(t *testing.T) {
 	began, ended := make(chan struct{}), make(chan error)
 	go func() {
 		close(began)
-		_, err := h.whole(&filling{n: n, fd: fd, direct: -1})
+		_, err := (&hydrator{v: v}).whole(&filling{n: n, fd: fd, direct: -1})
 		ended <- err
 	}()
 	<-began

@@ -36,14 +36,7 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 		return err
 	}
 	defer done()
-	rooms, err := newRooms()
-	if err != nil {
-		return fmt.Errorf("hydrate %s: %w", v.dir, err)
-	}
-	defer rooms.close()
-	h := &hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1), rooms: rooms}
-	v.hydrating.Store(h)
-	defer v.hydrating.Store(nil)
+	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1)}
 	for {
 		whole, err := h.round(ctx)
 		if err != nil && v.ctx.Err() != nil {
@@ -67,7 +60,6 @@ type hydrator struct {
 	v      *Overlay
 	rate   rate
 	narrow chan struct{} // holds one while a worker has its turn beside others
-	rooms  *rooms        // for readers: see around.go
 
 	mu      sync.Mutex
 	filled  []*node // placeholders that wait for a common sync

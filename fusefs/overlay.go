@@ -25,9 +25,13 @@ type OverlayOptions struct {
 	Moved       map[string]string // names in the mount's root -> where they lie, relative to the bare directory
 	SyncBefore  []string          // creating one of these in the root first syncs the backing file system
 	Passthrough bool              // let the kernel serve whole files by itself, where it can
-	FillOnRead  bool              // what is read from the repository is written into the hole it was read for
+	FillOnRead  bool              // what is read from the repository is written into the hole it was read for, and with it what it cost nothing to read
 	Leave       Leaving           // what Leave takes out of the mount; it takes root
 	First       []string          // directories of the root that Hydrate makes whole before all else, in this order
+
+	// Busy tells whether somebody who makes no requests, as all is in memory or native, wants the processors: Hydrate gives way
+	// to them, too. It is called often. nil: nobody.
+	Busy func() bool `json:"-"`
 
 	// Touched is called when a file with a lower is opened, then n is 0, and when somebody waits for n bytes of it, as the
 	// file at path in the backup has them. It must not block. nil: nobody listens.
@@ -70,8 +74,8 @@ type Overlay struct {
 	passthrough atomic.Bool // false once the kernel refused
 	openFiles   atomic.Int64
 	traffic     traffic
-	hydrating   atomic.Pointer[hydrator] // nil: Hydrate is not running
-	hydrated    atomic.Int64             // bytes that Hydrate brought, of all runs
+	rooms       *rooms       // nil: what is read is not kept
+	hydrated    atomic.Int64 // bytes that Hydrate brought, of all runs
 }
 
 // ErrUnmounted: the overlay's mount is gone.
@@ -119,7 +123,7 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 		return nil, fmt.Errorf("open %s: %w", dir, err)
 	}
 	raiseFileLimit()
-	served, err := serve(v, dir, v.mountOptions())
+	served, err := v.serve()
 	if err != nil {
 		unix.Close(v.root)
 		return nil, err
@@ -133,6 +137,20 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 		v.faults.log.Debug("read-ahead stays as it is", "dir", dir, "err", err)
 	}
 	return v, nil
+}
+
+// serve gets what answering takes, and begins to answer.
+func (v *Overlay) serve() (served <-chan struct{}, err error) {
+	if v.o.FillOnRead {
+		if v.rooms, err = newRooms(); err != nil {
+			return nil, err
+		}
+	}
+	served, err = serve(v, v.dir, v.mountOptions())
+	if err != nil && v.rooms != nil {
+		v.rooms.close()
+	}
+	return served, err
 }
 
 func set(names []string) map[string]bool {
@@ -205,6 +223,9 @@ func (v *Overlay) end() {
 	v.ended = true
 	v.life.Unlock()
 	v.users.Wait()
+	if v.rooms != nil {
+		v.rooms.close()
+	}
 	v.nodes.closeAll()
 	close(v.gone)
 }

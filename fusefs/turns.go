@@ -36,19 +36,6 @@ func (r *rate) allow(now time.Time, n int64) time.Time {
 	return from
 }
 
-// spare tells whether n more bytes may be written at once, for which others wait then: they are not to wait for long.
-func (r *rate) spare(n int64) bool {
-	const debt = time.Second
-	now := time.Now()
-	r.mu.Lock()
-	free := r.next.Before(now.Add(debt))
-	r.mu.Unlock()
-	if r.bytesPerSecond > 0 && free {
-		r.allow(now, n)
-	}
-	return free
-}
-
 // most is how much may be written at once.
 func (r *rate) most() int64 {
 	if r.bytesPerSecond <= 0 {
@@ -154,10 +141,12 @@ const restCrowded = 4
 // besideOthers is how much is filled at once beside others, bytes: some milliseconds' work.
 const besideOthers = 1 << 20
 
+func (v *Overlay) busy() bool { return v.o.Busy != nil && v.o.Busy() }
+
 // turn waits for one.
 func (h *hydrator) turn(ctx context.Context) (turn, error) {
 	before, lively := h.v.traffic.look()
-	if !lively {
+	if !lively && !h.v.busy() {
 		return turn{size: h.rate.most(), before: before}, ctx.Err()
 	}
 	select {

@@ -9,8 +9,8 @@ import (
 )
 
 // A page that somebody waits for is cut out of a chunk, which was decompressed and verified as a whole: most of what such a read
-// costs. The chunk's other pages are kept, too, so that a server that reads here and there pays for
-// each chunk once. They are written beside, by direct I/O, when the reader has its answer.
+// costs. While hydration goes on, which would bring the chunk later, its other pages are kept, too, so that a server that reads here and
+// there pays for each chunk once. They are written beside, by direct I/O, when the reader has its answer.
 
 const (
 	arounds     = 32       // chunks on their way to the disk at once
@@ -63,7 +63,7 @@ func (r *rooms) take() []byte {
 
 // fromLower reads holes of p, which begins at off.
 func (v *Overlay) fromLower(n *node, fd int, p []byte, off int64, holes []span) error {
-	if v.rooms != nil {
+	if v.rooms != nil && v.eager.Load() {
 		if done, err := v.readAround(n, p, off, holes); done {
 			return err
 		}

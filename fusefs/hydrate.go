@@ -36,6 +36,8 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 		return err
 	}
 	defer done()
+	v.eager.Store(bytesPerSecond <= 0)
+	defer v.eager.Store(false)
 	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1)}
 	for {
 		whole, err := h.round(ctx)

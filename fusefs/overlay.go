@@ -25,7 +25,7 @@ type OverlayOptions struct {
 	Moved       map[string]string // names in the mount's root -> where they lie, relative to the bare directory
 	SyncBefore  []string          // creating one of these in the root first syncs the backing file system
 	Passthrough bool              // let the kernel serve whole files by itself, where it can
-	FillOnRead  bool              // what is read from the repository is written into the hole it was read for, and with it what it cost nothing to read
+	FillOnRead  bool              // what is read from the repository is written into the hole it was read for
 	Leave       Leaving           // what Leave takes out of the mount; it takes root
 	First       []string          // directories of the root that Hydrate makes whole before all else, in this order
 
@@ -75,6 +75,7 @@ type Overlay struct {
 	openFiles   atomic.Int64
 	traffic     traffic
 	rooms       *rooms       // nil: what is read is not kept
+	eager       atomic.Bool  // Hydrate is running, without a bound: what it brings later may as well come now
 	hydrated    atomic.Int64 // bytes that Hydrate brought, of all runs
 }
 

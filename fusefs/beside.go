@@ -80,21 +80,21 @@ func (f *file) runAt(fd int, pos, end int64) (hole bool, to int64, err error) {
 }
 
 // fillDirect is fillFrom, but writes what is large and aligned by direct, a descriptor for direct I/O; p is aligned like
-// base. What fails is a hole again.
-func (f *file) fillDirect(fd, direct int, holes []span, p []byte, base int64) error {
-	if err := f.writeBeside(fd, direct, holes, p, base); err != nil {
+// base; large is what is no less than least. What fails is a hole again.
+func (f *file) fillDirect(fd, direct int, holes []span, p []byte, base, least int64) error {
+	if err := f.writeBeside(fd, direct, holes, p, base, least); err != nil {
 		return err
 	}
 	return f.fillFrom(fd, holes, p, base) // what is left: the end of a file, small holes
 }
 
-func (f *file) writeBeside(fd, direct int, holes []span, p []byte, base int64) error {
+func (f *file) writeBeside(fd, direct int, holes []span, p []byte, base, least int64) error {
 	if f.shortOfSpace(fd) {
 		return nil
 	}
 	f.beside.writing.RLock()
 	defer f.beside.writing.RUnlock()
-	fills, err := f.beginFills(fd, holes)
+	fills, err := f.beginFills(fd, holes, least)
 	for _, fill := range fills {
 		if err == nil {
 			_, err = pwriteFull(direct, p[fill.from-base:fill.to-base], fill.from)
@@ -107,8 +107,14 @@ func (f *file) writeBeside(fd, direct int, holes []span, p []byte, base int64) e
 	return err
 }
 
-// beginFills enters what of holes is one still, and can be written directly.
-func (f *file) beginFills(fd int, holes []span) (fills []*sideFill, err error) {
+// wait returns when what is being written at this moment has been.
+func (b *beside) wait() {
+	b.writing.Lock()
+	defer b.writing.Unlock()
+}
+
+// beginFills enters what of holes is one still, and can be written directly: least bytes at once.
+func (f *file) beginFills(fd int, holes []span, least int64) (fills []*sideFill, err error) {
 	if len(holes) == 0 {
 		return nil, nil
 	}
@@ -121,7 +127,7 @@ func (f *file) beginFills(fd int, holes []span) (fills []*sideFill, err error) {
 			return nil, err
 		}
 		for _, s := range still {
-			if s = (span{roundUp(s.from, unit), roundDown(s.to, unit)}); s.to-s.from >= directLeast {
+			if s = (span{roundUp(s.from, unit), roundDown(s.to, unit)}); s.to-s.from >= least {
 				fills = append(fills, &sideFill{s, make(chan struct{})})
 			}
 		}

@@ -22,7 +22,7 @@ func fillAll(f *file, fd, direct int, size, piece int64) error {
 			err = f.readHoles(holes, buf, at)
 		}
 		if err == nil {
-			err = f.fillDirect(fd, direct, holes, buf, at)
+			err = f.fillDirect(fd, direct, holes, buf, at, directLeast)
 		}
 		if err != nil {
 			return err
@@ -59,7 +59,7 @@ func TestBesideWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.beside.writing.RLock()
-	fills, err := f.beginFills(fd, holes)
+	fills, err := f.beginFills(fd, holes, directLeast)
 	if err != nil || len(fills) != 1 || fills[0].span != (span{0, size}) {
 		t.Fatalf("%v, %v", fills, err)
 	}
@@ -125,7 +125,7 @@ func TestBesideKeepsTime(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			fills, err := f.beginFills(fd, holes)
+			fills, err := f.beginFills(fd, holes, directLeast)
 			if err == nil {
 				_, err = pwriteFull(fd, make([]byte, 1<<20), 0)
 			}
@@ -177,7 +177,7 @@ func TestBesideUnaligned(t *testing.T) {
 	copy(buf, lower)
 	holes, err := f.holes(fd, span{0, 1 << 20})
 	if err == nil {
-		err = f.fillDirect(fd, openDirect(t, f), holes, buf, 0)
+		err = f.fillDirect(fd, openDirect(t, f), holes, buf, 0, directLeast)
 	}
 	if err != nil {
 		t.Fatal(err)

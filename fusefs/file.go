@@ -98,6 +98,11 @@ func (f *file) placeholder() (placeholder, error) {
 // readAt fills p from off and returns how much there is before the end of the file. With fill, it writes what came from
 // the repository into the holes.
 func (f *file) readAt(fd int, p []byte, off int64, fill bool) (int, error) {
+	return f.read(fd, p, off, func(holes []span) error { return f.fromLower(fd, p, off, holes, fill) })
+}
+
+// read is readAt for which lower reads the holes.
+func (f *file) read(fd int, p []byte, off int64, lower func(holes []span) error) (int, error) {
 	if err := f.ready(fd); err != nil {
 		return 0, err
 	}
@@ -110,16 +115,22 @@ func (f *file) readAt(fd int, p []byte, off int64, fill bool) (int, error) {
 		return n, err
 	}
 	f.tell(holes)
-	for _, h := range holes {
-		if err := f.readLower(p[h.from-off:h.to-off], h.from); err != nil {
-			return 0, err
-		}
+	if err := lower(holes); err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+// fromLower reads holes of p, which begins at off.
+func (f *file) fromLower(fd int, p []byte, off int64, holes []span, fill bool) error {
+	if err := f.readHoles(holes, p, off); err != nil {
+		return err
 	}
 	if fill && !f.beside.busy.Load() { // else it would wait with the hydrator for the disk
 		// What was read is right without it: a full disk must not fail a read.
 		_ = f.fillFrom(fd, holes, p, off)
 	}
-	return n, nil
+	return nil
 }
 
 // readUpper reads data and the zeros of holes at or above the limit, and appends the holes below it to holes.

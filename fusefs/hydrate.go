@@ -36,6 +36,8 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 		return err
 	}
 	defer done()
+	v.eager.Store(bytesPerSecond <= 0)
+	defer v.eager.Store(false)
 	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1)}
 	for {
 		whole, err := h.round(ctx)
@@ -180,6 +182,23 @@ func (f *filling) open(large bool) (err error) {
 	return nil
 }
 
+func (f *filling) close() {
+	if f.direct >= 0 {
+		unix.Close(f.direct)
+	}
+	if f.fd >= 0 {
+		f.n.file.open.release()
+	}
+}
+
+// write writes lower bytes, p from base on, into what is a hole still; directly if it is no less than least.
+func (f *filling) write(holes []span, p []byte, base, least int64) error {
+	if f.direct < 0 {
+		return f.n.file.fillFrom(f.fd, holes, p, base)
+	}
+	return f.n.file.fillDirect(f.fd, f.direct, holes, p, base, least)
+}
+
 // done counts parts that are through with. When all are, it sees to it that the placeholder's attribute is taken away.
 func (h *hydrator) done(f *filling, parts int32) (err error) {
 	if f.left.Add(-parts) > 0 {
@@ -189,12 +208,7 @@ func (h *hydrator) done(f *filling, parts int32) (err error) {
 	if !f.failed.Load() {
 		later, err = h.whole(f)
 	}
-	if f.direct >= 0 {
-		unix.Close(f.direct)
-	}
-	if f.fd >= 0 {
-		f.n.file.open.release()
-	}
+	f.close()
 	if !later {
 		h.v.nodes.drop(f.n, 1)
 		return err
@@ -204,6 +218,7 @@ func (h *hydrator) done(f *filling, parts int32) (err error) {
 
 // whole brings a file to disk that is filled, or leaves that for later.
 func (h *hydrator) whole(f *filling) (later bool, err error) {
+	f.n.file.beside.wait()
 	filled, err := f.n.file.checkFilled(f.fd)
 	if err == nil && !filled {
 		err = errors.New("a hole is left in a hydrated file")
@@ -257,10 +272,7 @@ func (h *hydrator) piece(ctx context.Context, t *turn, f *filling, s span, buf [
 		return err
 	}
 	h.v.hydrated.Add(total(holes))
-	if f.direct < 0 {
-		return f.n.file.fillFrom(f.fd, holes, buf, s.from)
-	}
-	return f.n.file.fillDirect(f.fd, f.direct, holes, buf, s.from)
+	return f.write(holes, buf, s.from, directLeast)
 }
 
 // takeFilled takes the placeholders that wait for a sync, if there are so many.

@@ -107,7 +107,8 @@ func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Rea
 	if n == nil || n.file == nil {
 		return nil, fuse.EBADF
 	}
-	count, err := n.file.readAt(n.file.open.descriptor(), buf, int64(in.Offset), v.o.FillOnRead)
+	fd, off := n.file.open.descriptor(), int64(in.Offset)
+	count, err := n.file.read(fd, buf, off, func(holes []span) error { return v.fromLower(n, fd, buf, off, holes) })
 	if err != nil {
 		return nil, v.faults.status("read", n.key.ino, err)
 	}

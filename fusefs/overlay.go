@@ -30,6 +30,10 @@ type OverlayOptions struct {
 	KnownFiles  int               // that the kernel may know of, each for two descriptors; 0: KnownFiles()
 	First       []string          // directories of the root that Hydrate makes whole before all else, in this order
 
+	// Busy tells whether somebody who makes no requests, as all is in memory or native, wants the processors: Hydrate gives way
+	// to them, too. It is called often. nil: nobody.
+	Busy func() bool `json:"-"`
+
 	// Touched is called when a file with a lower is opened, then n is 0, and when somebody waits for n bytes of it, as the
 	// file at path in the backup has them. It must not block. nil: nobody listens.
 	Touched func(path string, off, n int64) `json:"-"`
@@ -72,6 +76,8 @@ type Overlay struct {
 	passthrough atomic.Bool // false once the kernel refused
 	openFiles   atomic.Int64
 	traffic     traffic
+	rooms       *rooms       // nil: what is read is not kept
+	eager       atomic.Bool  // Hydrate is running, without a bound: what it brings later may as well come now
 	hydrated    atomic.Int64 // bytes that Hydrate brought, of all runs
 }
 
@@ -123,7 +129,7 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 	if v.nodes.limit = o.KnownFiles; v.nodes.limit == 0 {
 		v.nodes.limit = KnownFiles()
 	}
-	served, err := serve(v, dir, v.mountOptions())
+	served, err := v.serve()
 	if err != nil {
 		unix.Close(v.root)
 		return nil, err
@@ -138,6 +144,20 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 		v.faults.log.Debug("read-ahead stays as it is", "dir", dir, "err", err)
 	}
 	return v, nil
+}
+
+// serve gets what answering takes, and begins to answer.
+func (v *Overlay) serve() (served <-chan struct{}, err error) {
+	if v.o.FillOnRead {
+		if v.rooms, err = newRooms(); err != nil {
+			return nil, err
+		}
+	}
+	served, err = serve(v, v.dir, v.mountOptions())
+	if err != nil && v.rooms != nil {
+		v.rooms.close()
+	}
+	return served, err
 }
 
 func set(names []string) map[string]bool {
@@ -200,6 +220,9 @@ func (v *Overlay) end() {
 	v.ended = true
 	v.life.Unlock()
 	v.users.Wait()
+	if v.rooms != nil {
+		v.rooms.close()
+	}
 	v.nodes.closeAll()
 	close(v.gone)
 }

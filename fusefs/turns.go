@@ -120,23 +120,33 @@ func (t *traffic) inHand() bool {
 }
 
 // turn is a worker's leave to fill one piece. Beside others who use the mount one worker at a time has it, fills little, and then
-// rests for as long as they had requests meanwhile.
+// rests for as long as they had requests meanwhile; if somebody waits for a processor, much longer.
 type turn struct {
 	size   int64
 	narrow bool
 	before time.Duration // as look tells
+	began  time.Time
 }
 
 // begin is where the work of a turn begins.
-func (t *turn) begin(v *Overlay) { t.before, _ = v.traffic.look() }
+func (t *turn) begin(v *Overlay) {
+	t.before, _ = v.traffic.look()
+	t.began = time.Now()
+}
+
+// restCrowded is how many times as long as it worked a worker rests when there are more who want a processor than processors: it
+// works a fifth of the time, and the others have what they would have without it, but for that.
+const restCrowded = 4
 
 // besideOthers is how much is filled at once beside others, bytes: some milliseconds' work.
 const besideOthers = 1 << 20
 
+func (v *Overlay) busy() bool { return v.o.Busy != nil && v.o.Busy() }
+
 // turn waits for one.
 func (h *hydrator) turn(ctx context.Context) (turn, error) {
 	before, lively := h.v.traffic.look()
-	if !lively {
+	if !lively && !h.v.busy() {
 		return turn{size: h.rate.most(), before: before}, ctx.Err()
 	}
 	select {
@@ -150,7 +160,11 @@ func (h *hydrator) turn(ctx context.Context) (turn, error) {
 // end ends a turn.
 func (h *hydrator) end(ctx context.Context, t turn) error {
 	spent, _ := h.v.traffic.look()
-	err := sleep(ctx, spent-t.before)
+	rest := spent - t.before
+	if t.narrow && !t.began.IsZero() && scarce() {
+		rest = restCrowded * time.Since(t.began)
+	}
+	err := sleep(ctx, rest)
 	if t.narrow {
 		<-h.narrow
 	}

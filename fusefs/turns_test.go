@@ -75,6 +75,13 @@ func TestTurns(t *testing.T) {
 	}
 	leave()
 	v.traffic.since = time.Now().Add(-time.Minute) // that it has been quiet
+	v.o.Busy = func() bool { return true }
+	if got, err := h.turn(t.Context()); err != nil || !got.narrow {
+		t.Errorf("beside somebody who makes no requests: %+v, %v", got, err)
+	} else {
+		<-h.narrow
+	}
+	v.o.Busy = func() bool { return false }
 	if got, err := h.turn(t.Context()); err != nil || got.narrow {
 		t.Errorf("when nobody is there any more: %+v, %v", got, err)
 	}

@@ -29,6 +29,7 @@ func TestBench(t *testing.T) {
 	b.secondBackup()
 	b.encryption()
 	b.hydration()
+	b.thawed()
 	fmt.Println(b.table())
 }
 
@@ -74,7 +75,7 @@ func fillBench(c *cluster, gb float64) {
 		(random() * 1000)::numeric(10,2) AS amount, now() - i * interval '1 second' AS at,
 		'{"state": "shipped", "lines": ' || (i %% 17) || ', "note": "left at the door ' || md5((i %% 5000)::text) || '"}' AS doc
 		FROM generate_series(1, %d) i`, int(gb*1.85e6)))
-	for _, statement := range []string{"CREATE INDEX ON orders (id)", "CREATE INDEX ON orders (token)", "VACUUM ANALYZE", "CHECKPOINT"} {
+	for _, statement := range []string{"CREATE TABLE bystander AS SELECT i, md5(i::text) FROM generate_series(1, 1000000) i", "CREATE INDEX ON orders (id)", "CREATE INDEX ON orders (token)", "VACUUM ANALYZE", "CHECKPOINT"} {
 		c.SQL(statement)
 	}
 }

@@ -156,7 +156,13 @@ var pgbenchTPS = regexp.MustCompile(`tps = ([0-9.]+)`)
 func (b *bench) tpcB(c *cluster) float64 {
 	b.t.Helper()
 	waitFor(b.t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
-	report := c.pgbench("--client", "8", "--jobs", "2", "--time", "10", "--no-vacuum")
+	return b.tps(c, 10)
+}
+
+// tps has pgbench run for some seconds.
+func (b *bench) tps(c *cluster, seconds int, args ...string) float64 {
+	b.t.Helper()
+	report := c.pgbench(append(args, "--client", "8", "--jobs", "2", "--time", strconv.Itoa(seconds), "--no-vacuum")...)
 	m := pgbenchTPS.FindStringSubmatch(report)
 	if m == nil {
 		b.t.Fatalf("pgbench says\n%s", report)

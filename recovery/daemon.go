@@ -46,6 +46,7 @@ type daemon struct {
 	overlays []*mounted // the data directory first
 	pace     pace
 	starting starting
+	load     serverLoad
 	ahead    *walAhead
 
 	unmounting sync.Mutex // held while mounts are taken off, so that only one does it; taken before mu
@@ -197,6 +198,7 @@ func (d *daemon) mountAll(ctx context.Context, b *repo.Backup) error {
 		o := fusefs.OverlayOptions{
 			Log: d.log, AllowOther: os.Geteuid() == 0, Passthrough: true, FillOnRead: true, Touched: d.starting.touched,
 			KnownFiles: fusefs.KnownFiles() / len(d.record.Roots),
+			Busy:       func() bool { return d.load.look(d.bare.postmaster) },
 			Leave:      fusefs.Whole, // a tablespace: the server reaches it by its absolute path
 		}
 		if i == 0 {

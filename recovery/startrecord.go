@@ -19,6 +19,9 @@ const (
 	storeLimit = 5 * time.Second
 	// startBytes bounds what a start record names.
 	startBytes = 128 << 20
+	// startUrgent is how much of a record is read beforehand whoever waits: what a server wants until it answers. What was wanted behind
+	// that were queries, and may be others this time.
+	startUrgent = 16 << 20
 	// page is the unit in which reads are recorded.
 	page = repo.PageSize
 )
@@ -107,11 +110,26 @@ func (d *daemon) prefetchStart(ctx context.Context, b *repo.Backup) {
 	d.starting.mu.Lock()
 	d.starting.before = last.Reads
 	d.starting.mu.Unlock()
-	if err := d.prefetch(ctx, b, last.Reads, false); err != nil {
+	urgent, later := firstBytes(last.Reads, startUrgent)
+	err = d.prefetch(ctx, b, urgent, false)
+	if err == nil && len(later) > 0 {
+		err = d.prefetch(ctx, b, later, true)
+	}
+	if err != nil {
 		d.log.Info("what the last start wanted was not read beforehand", "error", err)
 		return
 	}
 	d.log.Debug("what the last start wanted is there", "reads", len(last.Reads), "took", time.Since(began))
+}
+
+// firstBytes splits spans behind the first n bytes of them.
+func firstBytes(spans []repo.Span, n int64) (first, rest []repo.Span) {
+	for i, s := range spans {
+		if n -= s.Len; n < 0 {
+			return spans[:i], spans[i:]
+		}
+	}
+	return spans, nil
 }
 
 // prefetch fills holes of the mounts.

@@ -238,6 +238,21 @@ func (f *File) within(ctx context.Context) *File { return &File{f.size, f.conten
 // Data gives the runs (offset, length) of bytes that are not known to be zeros, ascending.
 func (f *File) Data() iter.Seq2[int64, int64] { return f.content.data }
 
+// Extent tells which bytes [from, to) around an offset in the file come from the same chunk: who reads one of them has paid for
+// all. from == to: it is not known, or nothing has to be paid for.
+func (f *File) Extent(off int64) (from, to int64) {
+	m, ok := f.content.(*mappedFile)
+	if !ok || off < 0 || off >= f.size {
+		return 0, 0
+	}
+	i := m.m.at(uint32(off / PageSize))
+	if m.m.extents[i].chunk == zeros {
+		return 0, 0
+	}
+	from = int64(m.m.first[i]) * PageSize
+	return from, min(from+int64(m.m.extents[i].n)*PageSize, f.size)
+}
+
 type inlineFile []byte
 
 func (f inlineFile) readAt(p []byte, off int64) error {

@@ -1,0 +1,117 @@
+package fusefs
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// chunked is a lower file of whole chunks.
+type chunked struct{ *bytes.Reader }
+
+func (c chunked) Extent(off int64) (from, to int64) {
+	from = roundDown(off, aroundMost)
+	return from, min(from+aroundMost, c.Size())
+}
+
+// aroundOf makes a placeholder, its node, and what of an overlay it takes to read around.
+func aroundOf(t *testing.T, lower []byte) (*Overlay, *node, int) {
+	t.Helper()
+	f, fd := layFile(t, lower)
+	f.openLower = func(string) (io.ReaderAt, error) { return chunked{bytes.NewReader(lower)}, nil }
+	pin, err := unix.Open(f.name(), unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(pin) })
+	rooms, err := newRooms()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &Overlay{nodes: new(nodes), rooms: rooms}, &node{id: 2, fd: pin, file: f, refs: 1}, fd
+}
+
+// readPage reads a page, and tells whether what is around it came along.
+func readPage(t *testing.T, v *Overlay, n *node, fd int, off int64, want []byte) (around bool) {
+	t.Helper()
+	p := make([]byte, 8192)
+	got, err := n.file.read(fd, p, off, func(holes []span) (err error) {
+		if around, err = v.readAround(n, p, off, holes); !around {
+			err = n.file.fromLower(fd, p, off, holes, false)
+		}
+		return err
+	})
+	if err != nil || !bytes.Equal(p[:got], want[off:min(off+8192, int64(len(want)))]) {
+		t.Errorf("read at %d: %d bytes, %v", off, got, err)
+	}
+	return around
+}
+
+// TestAround: with a page comes its chunk, but for what is data already, and no other.
+func TestAround(t *testing.T) {
+	const chunk, tail = aroundMost, 21000
+	want := random(rand.New(rand.NewPCG(1, 2)), 3*chunk+tail)
+	v, n, fd := aroundOf(t, want)
+	page := bytes.Repeat([]byte("w"), 8192)
+	copy(want[chunk+16384:], page)
+	if _, err := n.file.writeAt(fd, page, chunk+16384); err != nil {
+		t.Fatal(err)
+	}
+	for _, off := range []int64{chunk + 65536, 3 * chunk} {
+		if !readPage(t, v, n, fd, off, want) {
+			t.Errorf("at %d its chunk did not come along", off)
+		}
+	}
+	v.rooms.close()
+	if readPage(t, v, n, fd, 0, want) {
+		t.Error("something came along without room")
+	}
+	holes, err := n.file.holes(fd, span{0, int64(len(want))})
+	if err != nil || fmt.Sprint(holes) != fmt.Sprint([]span{{0, chunk}, {2 * chunk, 3 * chunk}}) {
+		t.Errorf("holes %v, %v", holes, err)
+	}
+	if got := v.Hydrated(); got != chunk-8192+tail {
+		t.Errorf("%d bytes hydrated", got)
+	}
+	checkContent(t, n.file, fd, want)
+	if n.refs != 1 {
+		t.Errorf("%d references are left", n.refs)
+	}
+}
+
+// TestAroundWholeWaits: a file is not taken for one with holes while what came along is being written.
+func TestAroundWholeWaits(t *testing.T) {
+	lower := random(rand.New(rand.NewPCG(1, 2)), aroundMost)
+	v, n, fd := aroundOf(t, lower)
+	defer v.rooms.close()
+	holes, err := n.file.holes(fd, span{0, aroundMost})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.file.beside.writing.RLock()
+	fills, err := n.file.beginFills(fd, holes, aroundLeast)
+	if err != nil || len(fills) != 1 {
+		t.Fatalf("%v, %v", fills, err)
+	}
+	began, ended := make(chan struct{}), make(chan error)
+	go func() {
+		close(began)
+		_, err := (&hydrator{v: v}).whole(&filling{n: n, fd: fd, direct: -1})
+		ended <- err
+	}()
+	<-began
+	if _, err := pwriteFull(fd, lower, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.file.endFills(fd, fills, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.file.beside.writing.RUnlock()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}

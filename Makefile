@@ -6,7 +6,7 @@ ROOMS     = $$($(GO) list ./... | grep -v /integration)
 PATH     := $(PATH):/usr/local/go/bin
 export PATH
 
-.PHONY: build check test static rooms demo integration crash fuzz bench
+.PHONY: build check test static rooms demo integration crash suites fuzz bench
 .DEFAULT_GOAL := build
 
 build:
@@ -46,6 +46,12 @@ integration:
 crash:
 	@./integration/setup.sh test
 	PGTHAW_CRASH_ROUNDS=$${PGTHAW_CRASH_ROUNDS:-50} $(GO) test -count=1 -timeout 24h -run '^TestCrash' -v ./integration ./fusefs ./repo/... $(ARGS)
+
+# What others wrote to test file systems and PostgreSQL, on thawed directories: PostgreSQL's regression and recovery suites, fio,
+# stress-ng. About an hour.
+suites:
+	@./integration/setup.sh suites
+	PGTHAW_SUITES=$${PGTHAW_PG_PREFIX:-/opt}/pg15-suites $(GO) test -count=1 -timeout 4h -run '^TestSuite' -v ./integration $(ARGS)
 
 # Every fuzz test of every package, FUZZTIME each.
 fuzz:

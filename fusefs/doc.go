@@ -45,11 +45,11 @@
 //   - What the repository cannot give, or what it gives and cannot be verified, is EIO, and nothing else.
 //   - Nobody here waits for an answer of the own mount but on a thread that holds nothing open: see apart.
 //
-// Locks, in the order in which they are taken: Overlay.mount, Overlay.life; file.beside.writing, which is held while the disk writes; handles.mu, file.content; file.lowerMu with none of
+// Locks, in the order in which they are taken: Overlay.mount, Overlay.life; file.beside.writing, which is held while the disk writes; handles.mu, file.load, file.content; file.lowerMu with none of
 // these held. branch.mu, branches.mu, nodes.mu, dirHandles.mu, traffic.mu, hydrator.mu, rate.mu and faults.mu are leaves. mount is never taken by what answers
 // the kernel: whoever holds it waits for the kernel, which may be waiting for an answer. dirHandle.mu is taken before nodes.mu. Only
 // lowerMu is held while the repository is read, by those who want the same lower file.
 //
 // What is not promised: extended attributes, O_TMPFILE, FALLOC_FL_PUNCH_HOLE and its like on placeholders, SEEK_HOLE
-// (all is data). syncfs(2) on the mount does not reach us; OverlayOptions.SyncBefore stands in for PostgreSQL's use of it.
+// (all is data), a shared mapping (ENODEV) by a handle of a placeholder that has become whole while others had it open. syncfs(2) on the mount does not reach us; OverlayOptions.SyncBefore stands in for PostgreSQL's use of it.
 package fusefs

@@ -36,9 +36,9 @@ type file struct {
 
 	open handles
 
-	load     sync.Once // reads the attribute, when the node is in the table: not before, for another node of this inode might still lower the limit
-	loadErr  error
-	clean    sync.Once // sees to it that holes are dependable
+	load     sync.Mutex  // held while the attribute is read, when the node is in the table: not before, for another node of this inode might still lower the limit
+	loaded   atomic.Bool // it has been read
+	clean    sync.Once   // sees to it that holes are dependable
 	cleanErr error
 
 	// content is held shared by what reads or writes the backing file, exclusively by what fills holes or moves the limit.
@@ -57,14 +57,39 @@ type file struct {
 	lower   io.ReaderAt
 }
 
-// attach reads what the placeholder's attribute says, once.
+// attach reads what the placeholder's attribute says, until it has succeeded: whose permissions did not allow it may get others.
 func (f *file) attach() error {
-	f.load.Do(func() {
-		p, err := readPlaceholder(f.name())
-		f.limit, f.path, f.loadErr = p.limit, p.path, err
-		f.filled.Store(err == nil && p.limit == 0)
-	})
-	return f.loadErr
+	if f.loaded.Load() {
+		return nil
+	}
+	f.load.Lock()
+	defer f.load.Unlock()
+	if f.loaded.Load() {
+		return nil
+	}
+	p, err := readPlaceholder(f.name())
+	if err == nil {
+		f.setPlaceholder(p)
+	}
+	return err
+}
+
+// made is attach for a file that was just made, and has no lower: its permissions need not let its attributes be read.
+func (f *file) made() {
+	f.load.Lock()
+	defer f.load.Unlock()
+	if !f.loaded.Load() {
+		f.setPlaceholder(placeholder{})
+	}
+}
+
+// setPlaceholder is told what the attribute says. Caller holds load.
+func (f *file) setPlaceholder(p placeholder) {
+	f.content.Lock()
+	defer f.content.Unlock()
+	f.limit, f.path = p.limit, p.path
+	f.filled.Store(p.limit == 0)
+	f.loaded.Store(true)
 }
 
 // ready is attach for whoever has the file open: after it, holes can be relied on.

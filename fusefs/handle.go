@@ -27,6 +27,7 @@ type handles struct {
 
 	mu      sync.Mutex // held over open(2) and ioctl(2) of local files only
 	users   int        // handles, and whoever else uses fd
+	both    bool       // fd is open for reading and writing
 	cached  int        // handles
 	through int        // handles
 	backing int32      // the kernel's id of fd, while through > 0
@@ -37,28 +38,59 @@ type handles struct {
 func (h *handles) acquire(name string) (int, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.users == 0 {
-		fd, err := openBacking(name)
-		if err != nil {
+	if h.users == 0 || !h.both {
+		fd, both, err := openBacking(name)
+		switch {
+		case err == nil && (both || h.users == 0):
+			h.put(fd, both)
+		case err == nil:
+			unix.Close(fd)
+		case h.users == 0:
 			return -1, err
 		}
-		h.fd.Store(int32(fd))
 	}
 	h.users++
 	return int(h.fd.Load()), nil
 }
 
+// adopt is acquire for a file that was just made, with a descriptor for reading and writing: open(2) gives one whatever the new
+// file's permissions, which need not let it be opened again. It is the callee's from now on.
+func (h *handles) adopt(fd int) int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.users == 0 || !h.both {
+		h.put(fd, true)
+	} else {
+		unix.Close(fd)
+	}
+	h.users++
+	return int(h.fd.Load())
+}
+
+// put makes fd the backing descriptor. Those who have one already may be using it: it keeps its number. Caller holds mu.
+func (h *handles) put(fd int, both bool) {
+	if h.users == 0 {
+		h.fd.Store(int32(fd))
+		h.both = both
+		return
+	}
+	h.both = unix.Dup3(fd, int(h.fd.Load()), unix.O_CLOEXEC) == nil
+	unix.Close(fd)
+}
+
 // openBacking opens for reading and writing whatever the handle's own mode is, as passthrough needs it. The owner of a
 // file that is not writable can only read it, and so can whoever asked: the kernel has compared the permissions.
-func openBacking(name string) (int, error) {
-	fd, err := unix.Open(name, unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if errors.Is(err, unix.EACCES) {
-		fd, err = unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+func openBacking(name string) (fd int, both bool, err error) {
+	for _, mode := range []int{unix.O_RDWR, unix.O_RDONLY, unix.O_WRONLY} {
+		if fd, err = unix.Open(name, mode|unix.O_CLOEXEC, 0); !errors.Is(err, unix.EACCES) {
+			both = mode == unix.O_RDWR
+			break
+		}
 	}
 	if err != nil {
-		return -1, fmt.Errorf("open the backing file: %w", err)
+		return -1, false, fmt.Errorf("open the backing file: %w", err)
 	}
-	return fd, nil
+	return fd, both, nil
 }
 
 func (h *handles) release() {

@@ -34,6 +34,22 @@ func (v *Overlay) openFile(n *node) (fuse.OpenOut, error) {
 	if err != nil {
 		return fuse.OpenOut{}, err
 	}
+	return v.addHandle(n, fd), nil
+}
+
+// openMade is openFile with the descriptor that made the file, if the name still leads there.
+func (v *Overlay) openMade(n *node, made int) (fuse.OpenOut, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(made, &st); err != nil || keyOf(&st) != n.key {
+		unix.Close(made)
+		return v.openFile(n)
+	}
+	n.file.made()
+	return v.addHandle(n, n.file.open.adopt(made)), nil
+}
+
+// addHandle is openFile with a descriptor that was acquired.
+func (v *Overlay) addHandle(n *node, fd int) fuse.OpenOut {
 	register := v.register
 	if !v.passthrough.Load() || !v.whole(n, fd) {
 		register = nil
@@ -41,7 +57,7 @@ func (v *Overlay) openFile(n *node) (fuse.OpenOut, error) {
 	v.opened(n.file)
 	v.nodes.ref(n)
 	v.openFiles.Add(1)
-	return n.file.open.add(register, n.branch), nil
+	return n.file.open.add(register, n.branch)
 }
 
 // whole tells whether the backing file has all bytes, and makes it so if it is small. Where that fails the file is

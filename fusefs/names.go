@@ -189,21 +189,23 @@ func (v *Overlay) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out 
 			return v.faults.eio("syncfs", in.NodeId, err)
 		}
 	}
-	err := v.make(&in.InHeader, name, in.Mode&0o7777|unix.S_IFREG, createFile, &out.EntryOut)
+	fd := -1
+	err := v.make(&in.InHeader, name, in.Mode&0o7777|unix.S_IFREG, func(dirfd int, path string) (err error) {
+		fd, err = createFile(dirfd, path)
+		return err
+	}, &out.EntryOut)
 	if errors.Is(err, unix.EEXIST) && in.Flags&unix.O_EXCL == 0 {
 		err = v.openExisting(in, name, out)
 	} else if err == nil {
-		out.OpenOut, err = v.openFile(v.nodes.get(out.NodeId))
+		out.OpenOut, err = v.openMade(v.nodes.get(out.NodeId), fd)
+	} else if fd >= 0 {
+		unix.Close(fd)
 	}
 	return v.faults.status("create", in.NodeId, err)
 }
 
-func createFile(dirfd int, path string) error {
-	fd, err := unix.Openat(dirfd, path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return err
-	}
-	return unix.Close(fd)
+func createFile(dirfd int, path string) (int, error) {
+	return unix.Openat(dirfd, path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 }
 
 // openExisting answers a CREATE of a name that the kernel believed to be free.

@@ -540,10 +540,11 @@ func TestOverlayAsOrdinaryUser(t *testing.T) {
 		cmd.Path, cmd.Dir, cmd.SysProcAttr = filepath.Join(room, "test"), room, credential
 	}
 	v.mount()
-	cmd := exec.Command("sh", "-ec", "cd mnt; wc -c <base/5/1010; echo hello >base/5/1010; umask 027; mkdir d; echo x >d/f; stat -c %u:%g:%a d d/f; cat base/5/1010")
+	cmd := exec.Command("sh", "-ec", "cd mnt; wc -c <base/5/1010; echo hello >base/5/1010; umask 027; mkdir d; echo x >d/f; stat -c %u:%g:%a d d/f; cat base/5/1010; "+
+		"(umask 333; echo read-only >r); (umask 777; echo nothing allowed >n); stat -c %a r n; chmod 600 n; cat r n")
 	cmd.Dir, cmd.SysProcAttr = room, credential
 	out, err := cmd.CombinedOutput()
-	if want := "3145733\n65534:65534:750\n65534:65534:640\nhello\n"; err != nil || string(out) != want {
+	if want := "3145733\n65534:65534:750\n65534:65534:640\nhello\n444\n0\nread-only\nnothing allowed\n"; err != nil || string(out) != want {
 		t.Errorf("%v, got %q, want %q", err, out, want)
 	}
 	if s := v.do("hydrate"); !s.Whole {
@@ -551,6 +552,7 @@ func TestOverlayAsOrdinaryUser(t *testing.T) {
 	}
 	v.do("unmount")
 	checkNoAttribute(t, v.dir)
+	expectQuiet(t, v.c)
 }
 
 // TestLayMany lays many files, and says how long it takes.

@@ -134,9 +134,9 @@ func (t *turn) begin(v *Overlay) {
 	t.began = time.Now()
 }
 
-// restCrowded is how many times as long as it worked a worker rests when there are more who want a processor than processors: it
+// restScarce is how many times as long as it worked a worker rests when there are more who want a processor than processors: it
 // works a fifth of the time, and the others have what they would have without it, but for that.
-const restCrowded = 4
+const restScarce = 4
 
 // besideOthers is how much is filled at once beside others, bytes: some milliseconds' work.
 const besideOthers = 1 << 20
@@ -162,7 +162,7 @@ func (h *hydrator) end(ctx context.Context, t turn) error {
 	spent, _ := h.v.traffic.look()
 	rest := spent - t.before
 	if t.narrow && !t.began.IsZero() && scarce() {
-		rest = restCrowded * time.Since(t.began)
+		rest = restScarce * time.Since(t.began)
 	}
 	err := sleep(ctx, rest)
 	if t.narrow {

@@ -6,6 +6,7 @@
 #   setup.sh demo     PostgreSQL (any major), fuse3, and build
 #   setup.sh test     PostgreSQL 15, 16, 17 and 18, fuse3, and check
 #   setup.sh bench    demo, pgbackrest and fio
+#   setup.sh suites   PostgreSQL 15 and its own test suites, fio, stress-ng, fuse3, and check
 #
 # PostgreSQL majors that this Debian does not carry go to ${PGTHAW_PG_PREFIX:-/opt}/pg<major>.
 # No database cluster is made, started, stopped or dropped.
@@ -68,6 +69,14 @@ postgres() {
   esac
 }
 
+# postgres_suites: those of the PostgreSQL 15 that Debian packages, in $prefix/pg15-suites.
+postgres_suites() {
+  [ -e "$prefix/pg15-suites/lib/regress.so" ] && return
+  need_root "PostgreSQL's test suites in $prefix/pg15-suites"
+  have bzip2 || install_packages bzip2
+  "$here/pg-suites.sh" "$prefix/pg15-suites"
+}
+
 any_postgres() {
   for bin in /usr/lib/postgresql/*/bin; do
     [ -x "$bin/postgres" ] && [ -x "$bin/pgbench" ] && return
@@ -127,5 +136,9 @@ case ${1:-} in
   bench) go_toolchain; any_postgres; fuse
          have pgbackrest || install_packages pgbackrest
          have fio || install_packages fio ;;
-  *) echo "usage: setup.sh build|check|demo|test|bench" >&2; exit 2 ;;
+  suites) check_tools; postgres_user; postgres 15; fuse; postgres_suites
+         have prove && perl -MIPC::Run -e1 2>/dev/null || install_packages perl libipc-run-perl
+         have fio || install_packages fio
+         have stress-ng || install_packages stress-ng ;;
+  *) echo "usage: setup.sh build|check|demo|test|bench|suites" >&2; exit 2 ;;
 esac

@@ -197,7 +197,9 @@ func (c *cluster) launch() error {
 func (c *cluster) waitReady() error {
 	var last error
 	answered := poll(startLimit, func() bool {
-		_, last = c.query("postgres", "SELECT 1")
+		if last = c.claimsReady(); last == nil {
+			_, last = c.query("postgres", "SELECT 1")
+		}
 		return last == nil || c.down()
 	})
 	if answered && last != nil {
@@ -205,6 +207,17 @@ func (c *cluster) waitReady() error {
 		return fmt.Errorf("the server exited: %w", last)
 	}
 	return last
+}
+
+// claimsReady is nil when the server that we started says in postmaster.pid that it takes connections, in the line that pg_ctl
+// reads (miscadmin.h). A connection that it would turn away costs it a process.
+func (c *cluster) claimsReady() error {
+	content, err := os.ReadFile(filepath.Join(c.data, "postmaster.pid"))
+	lines := strings.Split(string(content), "\n")
+	if err == nil && (len(lines) < 8 || lines[0] != strconv.Itoa(c.process.Pid) || strings.TrimSpace(lines[7]) != "ready") {
+		err = fmt.Errorf("postmaster.pid is %q", content)
+	}
+	return err
 }
 
 // down reports whether the process we started has ended.

@@ -104,7 +104,7 @@ func (k *life) victim(w *work) string {
 func (k *life) kill(victim string, s *session) {
 	k.t.Helper()
 	server := k.serverPID()
-	k.crashes = k.restarts()
+	k.crashes, k.readies = k.logged(beginsAnew), k.logged(isReady)
 	switch victim {
 	case "daemon":
 		k.killDaemon()
@@ -206,7 +206,7 @@ func (k *life) strikeReplay() {
 	}
 	replaying := func() bool { return said("redo starts at") && !said("redo done at") }
 	pollEvery(time.Millisecond/2, hitLimit, func() bool { return replaying() || said("redo done at") || said("redo is not required") || k.c.down() })
-	pollEvery(time.Millisecond/2, time.Duration(k.r.IntN(300))*time.Millisecond, func() bool { return !replaying() })
+	pollEvery(time.Millisecond/2, k.shortly(), func() bool { return !replaying() })
 	victim, seen := []string{"daemon", "both", "postmaster"}[k.r.IntN(3)], ""
 	if replaying() {
 		seen = "redo has started and is not done"
@@ -220,6 +220,12 @@ func (k *life) strikeReplay() {
 	if k.daemon == 0 {
 		k.resume()
 	}
+}
+
+// shortly is a time to wait for a moment in something that takes milliseconds, or hundreds of them.
+func (k *life) shortly() time.Duration {
+	most := []int{3, 30, 300}[k.r.IntN(3)]
+	return time.Duration(k.r.IntN(most)) * time.Millisecond
 }
 
 // strikeLeaving kills the daemon when directories have just left the mount, before there is a server.
@@ -267,7 +273,7 @@ func (k *life) strikeFinish() {
 	waitFor(k.t, stopLimit, "end of overlay finish", finish.down)
 	k.resume()
 	k.start()
-	k.check(nil)
+	k.check()
 }
 
 // waitFinishing waits a while, or until the last step: nothing is mounted, and what is ours is there still.
@@ -284,7 +290,7 @@ func (k *life) strikeRestart() {
 	k.t.Helper()
 	k.c.Stop()
 	ownedByPostgres(k.t, k.c.logFile())
-	k.c.port = freePort(k.t)
+	k.c.port, k.readies = freePort(k.t), k.logged(isReady)
 	// Under a parent that waits for it, a server would not be restarted.
 	k.run(k.t, "pg_ctl", "start", "--wait", "--pgdata", k.data, "--log", k.c.logFile(), "--options", strings.Join([]string{
 		"-p", strconv.Itoa(k.c.port), "-k", k.c.dir, "-c listen_addresses=127.0.0.1 -c archive_mode=off -c log_checkpoints=on"}, " "))
@@ -315,7 +321,7 @@ func (k *life) strikeRestart() {
 	k.l.Stop()
 	k.resume()
 	k.start()
-	k.check(nil)
+	k.check()
 }
 
 // local tells how many bytes of a directory are on disk, and how many of its files lack some.

@@ -91,9 +91,9 @@ func newCrashSource(t *testing.T, p installation) *crashSource {
 	s.l.waitCommits(20)
 	s.l.Stop()
 	s.backup(t)
-	s.l.write(1)
 	s.SQL(strings.Repeat(transfer+";", 100))
 	s.SQL("CREATE TABLE behind AS " + manyRows)
+	s.l.write(1)
 	s.l.waitCommits(20)
 	s.l.Stop()
 	s.Stop() // archives the last segment
@@ -232,10 +232,12 @@ func (k *life) recover(victim string) {
 // hit write. Whether all pages and indexes are sound is asked at the end of a life; what is damaged stays so.
 func (k *life) check(hit ...*work) {
 	k.t.Helper()
-	k.l.checkDurable(k.c)
-	k.c.pgbenchBalances()
-	k.checkWorks("postgres", hit)
-	k.checkWorks("made", hit)
+	k.c.inSession(func() {
+		k.l.checkDurable(k.c)
+		k.c.pgbenchBalances()
+		k.checkWorks("postgres", hit)
+		k.checkWorks("made", hit)
+	})
 }
 
 // checkWorks compares a database, if it is there, with what the works in it may leave.
@@ -274,6 +276,7 @@ func (k *life) end(how string) {
 	k.t.Helper()
 	mounted := k.r.IntN(2) == 0
 	k.dropInvalid()
+	k.dropHalved()
 	k.checkAll(mounted)
 	k.removeOrphans()
 	switch how {
@@ -302,6 +305,22 @@ func (k *life) dropInvalid() {
 	k.t.Helper()
 	for name := range strings.Lines(k.c.SQL("SELECT datname FROM pg_database WHERE datconnlimit = -2")) {
 		k.c.SQL("DROP DATABASE " + strings.TrimSuffix(name, "\n"))
+	}
+}
+
+// dropHalved drops a tablespace whose DROP was interrupted when its directory was gone and its link was not, and removes the link of
+// one that never was: pg_checksums wants a directory behind each.
+func (k *life) dropHalved() {
+	k.t.Helper()
+	links, _ := filepath.Glob(filepath.Join(k.data, "pg_tblspc", "*"))
+	for _, link := range links {
+		if inside, _ := filepath.Glob(filepath.Join(link, "PG_*")); len(inside) > 0 {
+			continue
+		}
+		k.c.SQL("DROP TABLESPACE IF EXISTS spare")
+		if _, err := os.Lstat(link); err == nil {
+			k.remove(link)
+		}
 	}
 }
 

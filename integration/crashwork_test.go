@@ -200,13 +200,17 @@ func (s *session) expectDeath() {
 }
 
 // watchHydration tells when a directory is hydrated and not yet whole: the data directory's base, or a tablespace, whose turn
-// comes when somebody wants all of it.
+// comes when somebody wants all of it, unless it is whole by then.
 func watchHydration(k *life) func() (string, bool) {
 	name := []string{"data/base", "data/base", "fast", "slow"}[k.r.IntN(4)]
+	before, lacking := k.local(name)
+	if lacking == 0 {
+		name = "data/base"
+		before, _ = k.local(name)
+	}
 	if name != "data/base" {
 		invocation{}.start(k.t, "overlay", "finish", k.data)
 	}
-	before, _ := k.local(name)
 	grown := int64(64<<10 + k.r.IntN(512<<10))
 	return func() (string, bool) {
 		now, lacking := k.local(name)

@@ -316,11 +316,23 @@ func (k *life) strikeRestart() {
 	}
 	k.strikes("finish --restart", victim, seen)
 	waitFor(k.t, stopLimit, "end of overlay finish", finish.down)
+	waitFor(k.t, startLimit, "the server that it had just begun to start", func() bool { return !k.starting() })
 	k.endServer()
 	k.l.Stop()
 	k.resume()
 	k.start()
 	k.check()
+}
+
+// starting reports whether there is a pg_ctl, or a server that has not yet its postmaster.pid.
+func (k *life) starting() bool {
+	server := k.serverPID()
+	for pid, line := range processesNaming(k.data) {
+		if pid != server && alive(pid) && !strings.Contains(line, " overlay serve ") {
+			return true
+		}
+	}
+	return false
 }
 
 // local tells how many bytes of a directory are on disk, and how many of its files lack some.

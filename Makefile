@@ -42,6 +42,7 @@ integration:
 
 # Longer campaigns of the tests whose names begin with TestCrash. PGTHAW_CRASH_ROUNDS is how long. PGTHAW_CRASH_DIR names a
 # directory in which TestCrashCampaign keeps its seed, how far it came, what it hit, and a log: run again, it goes on from there.
+# SIGTERM to integration.test ends it after the cycle under way.
 #   make crash PGTHAW_CRASH_ROUNDS=1000 PGTHAW_CRASH_DIR=$$HOME/campaign ARGS="-run ^TestCrashCampaign$$"
 crash:
 	@./integration/setup.sh test

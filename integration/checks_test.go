@@ -9,10 +9,10 @@ import (
 )
 
 // amcheck fails the test unless pg_amcheck finds every table and index of every database sound. Not for a hot standby.
-func (c *cluster) amcheck() {
+func (c *cluster) amcheck(more ...string) {
 	c.t.Helper()
-	c.run(c.t, "pg_amcheck", "--all", "--install-missing", "--heapallindexed",
-		"--host", "127.0.0.1", "--port", strconv.Itoa(c.port), "--username", "postgres")
+	c.run(c.t, "pg_amcheck", append(more, "--all", "--install-missing", "--heapallindexed",
+		"--host", "127.0.0.1", "--port", strconv.Itoa(c.port), "--username", "postgres")...)
 }
 
 // checksums fails the test unless pg_checksums finds every page of a cleanly shut down PGDATA sound.

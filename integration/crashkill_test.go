@@ -24,6 +24,7 @@ func (k *life) strike(w *work) {
 	}
 	defer monitor.Close(context.Background())
 	k.l.write(1)
+	k.crashes, k.readies = k.logged(beginsAnew), k.logged(isReady)
 	var s *session
 	var underWay func() (string, bool)
 	if w.watch != nil {
@@ -33,7 +34,7 @@ func (k *life) strike(w *work) {
 		underWay = s.aimed(monitor)
 	}
 	victim := k.victim(w)
-	seen := k.await(underWay)
+	seen := k.await(underWay, s != nil)
 	if s != nil {
 		s.expectDeath()
 	}
@@ -70,8 +71,8 @@ func (s *session) number() int {
 	return s.answered
 }
 
-// await waits for the moment and a random time more, as long as it lasts.
-func (k *life) await(underWay func() (string, bool)) string {
+// await waits for the moment, and for one that comes again a random time more, as long as it lasts.
+func (k *life) await(underWay func() (string, bool), again bool) string {
 	for deadline := time.Now().Add(hitLimit); time.Now().Before(deadline); {
 		seen, over := underWay()
 		if over {
@@ -81,10 +82,10 @@ func (k *life) await(underWay func() (string, bool)) string {
 			time.Sleep(200 * time.Microsecond)
 			continue
 		}
-		if k.r.IntN(2) == 0 {
+		if !again || k.r.IntN(4) == 0 {
 			return seen
 		}
-		time.Sleep(time.Duration(k.r.IntN(20_000)) * time.Microsecond)
+		time.Sleep(k.within(time.Millisecond, 10*time.Millisecond, 100*time.Millisecond))
 		if later, _ := underWay(); later != "" {
 			return later
 		}
@@ -104,7 +105,6 @@ func (k *life) victim(w *work) string {
 func (k *life) kill(victim string, s *session) {
 	k.t.Helper()
 	server := k.serverPID()
-	k.crashes = k.restarts()
 	switch victim {
 	case "daemon":
 		k.killDaemon()
@@ -206,7 +206,7 @@ func (k *life) strikeReplay() {
 	}
 	replaying := func() bool { return said("redo starts at") && !said("redo done at") }
 	pollEvery(time.Millisecond/2, hitLimit, func() bool { return replaying() || said("redo done at") || said("redo is not required") || k.c.down() })
-	pollEvery(time.Millisecond/2, time.Duration(k.r.IntN(300))*time.Millisecond, func() bool { return !replaying() })
+	pollEvery(time.Millisecond/2, k.within(3*time.Millisecond, 30*time.Millisecond, 300*time.Millisecond), func() bool { return !replaying() })
 	victim, seen := []string{"daemon", "both", "postmaster"}[k.r.IntN(3)], ""
 	if replaying() {
 		seen = "redo has started and is not done"
@@ -220,6 +220,11 @@ func (k *life) strikeReplay() {
 	if k.daemon == 0 {
 		k.resume()
 	}
+}
+
+// within is a random time less than one of those given: what is aimed at may take milliseconds, or hundreds of them.
+func (k *life) within(any ...time.Duration) time.Duration {
+	return time.Duration(k.r.Int64N(int64(any[k.r.IntN(len(any))])))
 }
 
 // strikeLeaving kills the daemon when directories have just left the mount, before there is a server.
@@ -267,7 +272,7 @@ func (k *life) strikeFinish() {
 	waitFor(k.t, stopLimit, "end of overlay finish", finish.down)
 	k.resume()
 	k.start()
-	k.check(nil)
+	k.check()
 }
 
 // waitFinishing waits a while, or until the last step: nothing is mounted, and what is ours is there still.
@@ -284,7 +289,7 @@ func (k *life) strikeRestart() {
 	k.t.Helper()
 	k.c.Stop()
 	ownedByPostgres(k.t, k.c.logFile())
-	k.c.port = freePort(k.t)
+	k.c.port, k.readies = freePort(k.t), k.logged(isReady)
 	// Under a parent that waits for it, a server would not be restarted.
 	k.run(k.t, "pg_ctl", "start", "--wait", "--pgdata", k.data, "--log", k.c.logFile(), "--options", strings.Join([]string{
 		"-p", strconv.Itoa(k.c.port), "-k", k.c.dir, "-c listen_addresses=127.0.0.1 -c archive_mode=off -c log_checkpoints=on"}, " "))
@@ -311,11 +316,23 @@ func (k *life) strikeRestart() {
 	}
 	k.strikes("finish --restart", victim, seen)
 	waitFor(k.t, stopLimit, "end of overlay finish", finish.down)
+	waitFor(k.t, startLimit, "the server that it had just begun to start", func() bool { return !k.starting() })
 	k.endServer()
 	k.l.Stop()
 	k.resume()
 	k.start()
-	k.check(nil)
+	k.check()
+}
+
+// starting reports whether there is a pg_ctl, or a server that has not yet its postmaster.pid.
+func (k *life) starting() bool {
+	server := k.serverPID()
+	for pid, line := range processesNaming(k.data) {
+		if pid != server && alive(pid) && !strings.Contains(line, " overlay serve ") {
+			return true
+		}
+	}
+	return false
 }
 
 // local tells how many bytes of a directory are on disk, and how many of its files lack some.

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,8 +9,10 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -61,6 +64,16 @@ func openCampaign(t *testing.T, dir string) *campaign {
 	}
 	t.Logf("PGTHAW_SEED=%d, from cycle %d", c.Seed, c.Cycles)
 	return c
+}
+
+// termination ends with SIGTERM: a campaign that is kept then stops after the cycle that is under way, and leaves nothing behind.
+func (c *campaign) termination() context.Context {
+	if c.dir == "" {
+		return c.t.Context()
+	}
+	ctx, cancel := signal.NotifyContext(c.t.Context(), syscall.SIGTERM)
+	c.t.Cleanup(cancel)
+	return ctx
 }
 
 func (c *campaign) save() {

@@ -45,7 +45,7 @@ const (
 )
 
 func makeDatabase(strategy string) []string {
-	return []string{"DROP DATABASE IF EXISTS made", "CREATE DATABASE made TEMPLATE templated STRATEGY " + strategy}
+	return []string{"DROP DATABASE IF EXISTS made", "CREATE DATABASE made TEMPLATE template1 STRATEGY " + strategy}
 }
 
 var makeTablespace = []string{"DROP TABLESPACE IF EXISTS spare", "CREATE TABLESPACE spare LOCATION '@/spare'",
@@ -53,13 +53,13 @@ var makeTablespace = []string{"DROP TABLESPACE IF EXISTS spare", "CREATE TABLESP
 
 // rowsOf asks for what a table of manyRows holds that is written only as a whole.
 func rowsOf(table string) string {
-	return "SELECT count(*), sum(i), count(*) FILTER (WHERE x = md5(i::text) || md5((i * 7)::text)) FROM " + table
+	return "SELECT count(*), sum(i), count(*) FILTER (WHERE x = " + ofRow + ") FROM " + table
 }
 
 const allRows, halfRows, noRows = "20000|200010000|20000", "10000|50005000|10000", "0||0"
 
 // transfer is a transaction of pgbench's.
-const transfer = `BEGIN; UPDATE pgbench_accounts SET abalance = abalance + 3 WHERE aid = (SELECT 1 + (random() * 99999)::int);
+const transfer = `BEGIN; UPDATE pgbench_accounts SET abalance = abalance + 3 WHERE aid = (SELECT 1 + (random() * 49999)::int);
 	UPDATE pgbench_tellers SET tbalance = tbalance + 3 WHERE tid = (SELECT 1 + (random() * 9)::int);
 	UPDATE pgbench_branches SET bbalance = bbalance + 3; INSERT INTO pgbench_history (tid, bid, aid, delta) VALUES (1, 1, 1, 3); COMMIT`
 
@@ -200,13 +200,17 @@ func (s *session) expectDeath() {
 }
 
 // watchHydration tells when a directory is hydrated and not yet whole: the data directory's base, or a tablespace, whose turn
-// comes when somebody wants all of it.
+// comes when somebody wants all of it, unless it is whole by then.
 func watchHydration(k *life) func() (string, bool) {
 	name := []string{"data/base", "data/base", "fast", "slow"}[k.r.IntN(4)]
+	before, lacking := k.local(name)
+	if lacking == 0 {
+		name = "data/base"
+		before, _ = k.local(name)
+	}
 	if name != "data/base" {
 		invocation{}.start(k.t, "overlay", "finish", k.data)
 	}
-	before, _ := k.local(name)
 	grown := int64(64<<10 + k.r.IntN(512<<10))
 	return func() (string, bool) {
 		now, lacking := k.local(name)

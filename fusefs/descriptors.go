@@ -69,26 +69,24 @@ func raiseFileLimit() {
 	}
 }
 
-// crowding is what a number of nodes asks for.
+// crowding is what a number of descriptors asks for.
 type crowding int
 
 const (
 	roomy   crowding = iota
-	crowded          // some should go
-	tight            // and who looks for more waits a little for that
+	crowded          // some nodes should go
+	tight            // and who looks for more leaves some time for that
 	full             // there is no descriptor for more
 )
 
 func (t *nodes) crowding() crowding {
-	t.mu.RLock()
-	n := len(t.byID)
-	t.mu.RUnlock()
+	n := t.used()
 	switch {
-	case n >= t.limit:
+	case n >= 2*t.limit:
 		return full
-	case n > t.limit*3/4:
+	case n > t.limit*3/2:
 		return tight
-	case n > t.limit/2:
+	case n > t.limit:
 		return crowded
 	}
 	return roomy
@@ -113,6 +111,9 @@ func (v *Overlay) makeWay() error {
 			break
 		}
 		v.wantShed()
+	}
+	if v.nodes.used() < 2*v.nodes.limit+otherFiles/2 {
+		return nil // files are closed, only time was short
 	}
 	return c.err()
 }
@@ -149,11 +150,11 @@ func (v *Overlay) shedWhenCrowded() {
 	}
 }
 
-// shed has the kernel forget files that are not open, until it knows less than half of what it may know. Where it can it
+// shed has the kernel forget files that are not open, until less than half of all descriptors is in use. Where it can it
 // has it forget a directory: with that go all names below that nobody uses, and no lock is wanted that those hold who look
 // for names in it. The name of a directory in the root stays, for something may be mounted there.
 func (v *Overlay) shed() {
-	want := v.nodes.count() - v.nodes.limit*3/8
+	want := v.nodes.used() - v.nodes.limit*3/4
 	known := v.closedByDirectory()
 	for dir, names := range known {
 		up, name := filepath.Split(dir)
@@ -222,10 +223,11 @@ func (v *Overlay) idOf(dir string) uint64 {
 	return 0
 }
 
-func (t *nodes) count() int {
+// used is how many descriptors nodes and open files have.
+func (t *nodes) used() int {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	return len(t.byID)
+	return len(t.byID) + int(t.backing.Load())
 }
 
 // closedFiles returns the live nodes of regular files that are not open, in no order.

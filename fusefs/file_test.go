@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -77,6 +78,7 @@ func reopen(t *testing.T, name string, lower []byte) *file {
 		openLower: func(string) (io.ReaderAt, error) { return bytes.NewReader(lower), nil },
 		block:     int64(st.Bsize),
 		traffic:   new(traffic),
+		open:      handles{descriptors: new(atomic.Int64)},
 	}
 }
 

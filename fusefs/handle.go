@@ -25,6 +25,8 @@ const (
 type handles struct {
 	fd atomic.Int32 // the backing descriptor, O_RDWR where permissions allow; valid while users > 0
 
+	descriptors *atomic.Int64 // of all files
+
 	mu      sync.Mutex // held over open(2) and ioctl(2) of local files only
 	users   int        // handles, and whoever else uses fd
 	both    bool       // fd is open for reading and writing
@@ -72,6 +74,7 @@ func (h *handles) put(fd int, both bool) {
 	if h.users == 0 {
 		h.fd.Store(int32(fd))
 		h.both = both
+		h.descriptors.Add(1)
 		return
 	}
 	h.both = unix.Dup3(fd, int(h.fd.Load()), unix.O_CLOEXEC) == nil
@@ -97,8 +100,14 @@ func (h *handles) release() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.users--; h.users == 0 {
-		unix.Close(int(h.fd.Load()))
+		h.closeBacking()
 	}
+}
+
+// closeBacking closes the backing descriptor. Caller holds mu.
+func (h *handles) closeBacking() {
+	unix.Close(int(h.fd.Load()))
+	h.descriptors.Add(-1)
 }
 
 // add decides how a new handle of an acquired file is served. register gives the kernel the backing descriptor and
@@ -167,7 +176,7 @@ func (f *file) close() {
 	f.open.mu.Lock()
 	defer f.open.mu.Unlock()
 	if f.open.users > 0 {
-		unix.Close(int(f.open.fd.Load()))
+		f.open.closeBacking()
 		f.open.users = 0
 	}
 }

@@ -44,7 +44,8 @@ func (v *Overlay) look(b *branch, dirfd int, path string) (*node, *unix.Stat_t, 
 }
 
 func (v *Overlay) newFile(n *node) *file {
-	return &file{name: n.path, openLower: v.openLower, block: v.block, traffic: &v.traffic, touched: v.o.Touched}
+	return &file{name: n.path, openLower: v.openLower, block: v.block, traffic: &v.traffic, touched: v.o.Touched,
+		open: handles{descriptors: &v.nodes.backing}}
 }
 
 // entry answers with the node at a path, to which the kernel has one reference more from now on. The attributes are not

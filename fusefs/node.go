@@ -3,6 +3,7 @@ package fusefs
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -31,7 +32,9 @@ type nodes struct {
 	byID  map[uint64]*node
 	byKey map[inodeKey]*node
 	last  uint64 // the newest id
-	limit int    // of nodes; what the hydrator has in hand may go beyond it
+	limit int    // half of how many descriptors there are for them; what the hydrator has in hand may go beyond it
+
+	backing atomic.Int64 // descriptors of open files
 }
 
 func newNodes(rootfd int, st *unix.Stat_t, top *branch) *nodes {

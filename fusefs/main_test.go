@@ -19,6 +19,7 @@ import (
 // children are what this binary does when a test starts it by that name: a process that uses its own mount can deadlock.
 // A child calls ready when it answers, and returns when ctx ends.
 var children = map[string]func(ctx context.Context, args []string, ready func()) error{
+	"apart":   apartChild,
 	"browse":  browseChild,
 	"overlay": overlayChild,
 	"disk":    diskChild,

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -281,11 +282,11 @@ func TestTargetDirectory(t *testing.T) {
 	a := newArchived(t, postgresql(t, 15), smallSegments)
 	other := newCluster(t, postgresql(t, 15), smallSegments)
 	a.backup(t)
-	full := tempDir(t)
-	ownedByPostgres(t, full)
-	if err := os.WriteFile(filepath.Join(full, "letter"), nil, 0o644); err != nil {
+	full := filepath.Join(tempDir(t), "full") // discard waits until nothing is mounted beside it
+	if err := errors.Join(os.Mkdir(full, 0o755), os.WriteFile(filepath.Join(full, "letter"), nil, 0o644)); err != nil {
 		t.Fatal(err)
 	}
+	ownedByPostgres(t, full)
 	other.Stop()
 	for name, dir := range map[string]string{
 		"not empty": full, "running server's": a.data, "another cluster's": other.data, "file": filepath.Join(full, "letter"),

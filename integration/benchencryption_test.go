@@ -38,9 +38,9 @@ func (b *bench) encryption() {
 	sealed := &benchSide{b: b, repo: filepath.Join(b.dir, "encrypted"), init: key, key: key}
 	sides := []*benchSide{plain, sealed}
 	b.inTurns(sides, (*benchSide).backup)
-	b.row("backup, speed with encryption / without", ratio(plain, sealed), ">= 0.9")
+	b.row("backup, speed with encryption / without", timeRatio(plain, sealed), ">= 0.9")
 	b.inTurns(sides, (*benchSide).restore)
-	b.row("restore, speed with encryption / without", ratio(plain, sealed), "")
+	b.row("restore, speed with encryption / without", timeRatio(plain, sealed), "")
 	var p50 []time.Duration
 	for _, s := range sides {
 		p50 = append(p50, s.randomReads())
@@ -67,14 +67,10 @@ func (b *bench) inTurns(sides []*benchSide, f func(*benchSide)) {
 	slices.Reverse(sides)
 }
 
-// ratio is that of the medians, beside the processor time of one run.
-func ratio(plain, sealed *benchSide) string {
-	slices.Sort(plain.took)
-	slices.Sort(sealed.took)
-	n := len(plain.took)
-	p, s := plain.took[n/2].Seconds(), sealed.took[n/2].Seconds()
-	cpu := func(s *benchSide) float64 { return s.cpu.Seconds() / float64(n) }
-	return fmt.Sprintf("%.1f s / %.1f s = %.2f; processor time %.2f s / %.2f s = %.2f", p, s, p/s, cpu(plain), cpu(sealed), cpu(plain)/cpu(sealed))
+// timeRatio is that of the medians, beside that of the processor time of one run.
+func timeRatio(a, b *benchSide) string {
+	x, y := a.cpu.Seconds()/float64(len(a.took)), b.cpu.Seconds()/float64(len(b.took))
+	return inSeconds(a.took, b.took) + fmt.Sprintf("; processor time %.2f s / %.2f s = %.2f", x, y, x/y)
 }
 
 func (s *benchSide) backup() {

@@ -41,14 +41,6 @@ func (b *bench) hydration() {
 	b.row("TPC-B while hydrating / on a restored directory", figure, ">= 0.7")
 }
 
-// timeRatio is that of the medians, beside that of the processor times.
-func timeRatio(a, b *benchSide) string {
-	slices.Sort(a.took)
-	slices.Sort(b.took)
-	x, y := a.took[len(a.took)/2].Seconds(), b.took[len(b.took)/2].Seconds()
-	return fmt.Sprintf("%.1f s / %.1f s = %.2f; processor time %.2f s / %.2f s = %.2f", x, y, x/y, a.cpu.Seconds(), b.cpu.Seconds(), a.cpu.Seconds()/b.cpu.Seconds())
-}
-
 // hydrate thaws, and has the directory made an ordinary one. Laying the tree is part of it, as making the files is of a restore.
 func (s *benchSide) hydrate() {
 	t := s.b.t
@@ -73,9 +65,7 @@ func watchProcess(t *testing.T, pid int) (usage func() time.Duration) {
 	go func() {
 		var used time.Duration
 		for alive(pid) {
-			if now, err := tryProcessorTime(pid); err == nil {
-				used = now
-			}
+			used = max(used, statTimes(pid, 2))
 			time.Sleep(5 * time.Millisecond)
 		}
 		last <- used
@@ -133,31 +123,19 @@ func (b *bench) lazyReads(name string) (p50, p99 time.Duration) {
 
 // onRestored gives the transactions a second.
 func (b *bench) onRestored() float64 {
-	target := newTarget(b.t)
-	b.pgthaw("restore", "bench", "latest", "--target", target)
-	c := adopt(b.t, b.c.installation, target)
+	c := b.restored()
 	defer c.StopImmediate()
-	return b.tpcB(c)
+	return b.tps(c, 10)
 }
 
 func (b *bench) onThawed() (tps float64, whole bool) {
-	target := newTarget(b.t)
-	b.t.Cleanup(func() { discard(b.t, target) })
-	var r copied
-	pgthaw(b.t, "--repo", b.repo, "--json", "thaw", "bench", "latest", "--target", target, "--start", "--bindir", b.c.bin).ok(b.t).into(b.t, &r)
-	c := r.server(b.t, b.c.installation, target)
+	c := b.thawedServer()
 	defer c.StopImmediate()
-	tps = b.tpcB(c)
-	return tps, overlayStatus(b.t, invocation{}, target).State != "hydrating"
+	tps = b.tps(c, 10)
+	return tps, overlayStatus(b.t, invocation{}, c.data).State != "hydrating"
 }
 
 var pgbenchTPS = regexp.MustCompile(`tps = ([0-9.]+)`)
-
-func (b *bench) tpcB(c *cluster) float64 {
-	b.t.Helper()
-	waitFor(b.t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
-	return b.tps(c, 10)
-}
 
 // tps has pgbench run for some seconds.
 func (b *bench) tps(c *cluster, seconds int, args ...string) float64 {

@@ -3,13 +3,10 @@
 package integration
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -142,27 +139,10 @@ func (b *largeBench) mounted(what string, steps [][3]string) {
 // processorTime is what a process has used.
 func processorTime(t *testing.T, pid int) time.Duration {
 	t.Helper()
-	used, err := tryProcessorTime(pid)
-	if err != nil {
-		t.Fatal(err)
+	if !alive(pid) {
+		t.Fatalf("process %d has ended", pid)
 	}
-	return used
-}
-
-// tryProcessorTime is for a process that may end (proc_pid_stat(5): fields 14 and 15, in hundredths of a second).
-func tryProcessorTime(pid int) (time.Duration, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	_, after, _ := strings.Cut(string(stat), ") ")
-	fields := strings.Fields(after)
-	if len(fields) < 13 {
-		return 0, fmt.Errorf("stat of process %d: %q", pid, stat)
-	}
-	user, userErr := strconv.Atoi(fields[11])
-	system, systemErr := strconv.Atoi(fields[12])
-	return time.Duration(user+system) * 10 * time.Millisecond, errors.Join(userErr, systemErr)
+	return statTimes(pid, 2)
 }
 
 func (b *largeBench) timed(fn func()) time.Duration {

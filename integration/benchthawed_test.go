@@ -3,12 +3,12 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 )
@@ -25,11 +25,8 @@ func TestBenchThawed(t *testing.T) {
 // thawed has both servers run all the while, and asks them in turns: whatever else the machine does hits both.
 func (b *bench) thawed() {
 	b.coldReads()
-	target := newTarget(b.t)
-	b.pgthaw("restore", "bench", "latest", "--target", target)
-	p := benchPair{b: b, native: adopt(b.t, b.c.installation, target)}
+	p := benchPair{b: b, native: b.restored()}
 	defer p.native.StopImmediate()
-	waitFor(b.t, startLimit, "end of recovery", func() bool { return p.native.SQL("SELECT pg_is_in_recovery()") == "f" })
 	p.native.SQL("COPY (SELECT * FROM orders WHERE id <= 300000) TO '" + p.rows() + "'")
 	p.held()
 	p.bound()
@@ -79,16 +76,13 @@ func (p *benchPair) bound() {
 
 // thaw starts a server on a copy, and waits until that is hydrated and the server has closed all files that it had open before.
 func (p *benchPair) thaw(first func(target string)) (end func()) {
-	t := p.b.t
-	target := newTarget(t)
-	t.Cleanup(func() { discard(t, target) })
-	var r copied
-	pgthaw(t, "--repo", p.b.repo, "--json", "thaw", "bench", "latest", "--target", target, "--start", "--bindir", p.b.c.bin).ok(t).into(t, &r)
-	first(target)
-	p.thawed = r.server(t, p.b.c.installation, target)
-	waitFor(t, 10*time.Minute, "hydration", func() bool { return p.look().State == "hydrated" })
+	p.thawed = p.b.thawedServer()
+	first(p.thawed.data)
+	waitFor(p.b.t, 10*time.Minute, "hydration", func() bool { return p.look().State == "hydrated" })
 	p.thawed.SQL("CREATE DATABASE barrier")
 	p.thawed.SQL("DROP DATABASE barrier")
+	p.b.remember(p.native.data)
+	p.b.remember(p.thawed.data)
 	return p.thawed.StopImmediate
 }
 
@@ -118,8 +112,8 @@ func (p *benchPair) inTurns(what string, bar float64, speed func(*cluster) float
 		}
 		slices.Reverse(both)
 	}
-	thawed, native := middle(rates[p.thawed][1:]), middle(rates[p.native][1:])
-	cost, nativeCost := middle(costs[p.thawed][1:]), middle(costs[p.native][1:])
+	thawed, native := median(rates[p.thawed][1:]), median(rates[p.native][1:])
+	cost, nativeCost := median(costs[p.thawed][1:]), median(costs[p.native][1:])
 	p.b.row(what+", thawed / restored", fmt.Sprintf("%.3g / %.3g a second = %.2f; processor time of each %.3g ms / %.3g ms = %.2f",
 		thawed, native, thawed/native, cost, nativeCost, cost/nativeCost), fmt.Sprintf(">= %v", bar))
 }
@@ -135,23 +129,6 @@ func (p *benchPair) processorTime(c *cluster, daemon int) (used time.Duration) {
 		used += statTimes(daemon, 2)
 	}
 	return used
-}
-
-// statTimes adds up the first n of utime, stime, cutime and cstime: proc_pid_stat(5), fields 14 to 17.
-func statTimes(pid, n int) (used time.Duration) {
-	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) // one that has ended counts with its parent
-	_, after, _ := strings.Cut(string(stat), ") ")
-	fields := strings.Fields(after)
-	for i := 11; i < 11+n && i < len(fields); i++ {
-		ticks, _ := strconv.Atoi(fields[i])
-		used += time.Duration(ticks) * 10 * time.Millisecond
-	}
-	return used
-}
-
-func middle(all []float64) float64 {
-	slices.Sort(all)
-	return all[len(all)/2]
 }
 
 func seconds(f func()) float64 {
@@ -176,49 +153,61 @@ func (b *bench) coldReads() {
 		scannedLazily = append(scannedLazily, scan(c))
 		end()
 	}
-	t, n := middle(thawed), middle(native)
+	t, n := median(thawed), median(native)
 	b.row("nothing hydrated, select-only, thawed / restored and cold", fmt.Sprintf("%.0f / %.0f a second = %.2f", t, n, t/n), ">= 0.3")
-	s, cold, inMemory := middle(scannedLazily), middle(scanned), middle(warm)
+	s, cold, inMemory := median(scannedLazily), median(scanned), median(warm)
 	b.row("nothing hydrated, sequential scan, thawed / restored, cold and in memory",
 		fmt.Sprintf("%.2f s / %.2f s = %.1f, / %.2f s = %.1f", s, cold, s/cold, inMemory, s/inMemory), "<= 2.5 times")
 }
 
 // cold starts a server on a directory that was restored and is not in memory.
 func (b *bench) cold() (c *cluster, end func()) {
-	target := newTarget(b.t)
-	b.pgthaw("restore", "bench", "latest", "--target", target)
-	c = adopt(b.t, b.c.installation, target)
-	waitFor(b.t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+	c = b.restored()
 	c.Stop()
-	b.forget(target)
+	b.forget(c.data)
 	c.Start()
-	return c, func() { c.StopImmediate(); os.RemoveAll(target) }
+	return c, func() { c.StopImmediate(); os.RemoveAll(c.data) }
 }
 
 // forget drops the files of a directory from memory.
-func (b *bench) forget(dir string) {
+func (b *bench) forget(dir string) { b.eachFile(dir, dropCache) }
+
+// remember reads the files of a directory into memory.
+func (b *bench) remember(dir string) {
+	b.eachFile(dir, func(f *os.File) error {
+		_, err := io.Copy(io.Discard, f)
+		return err
+	})
+}
+
+// eachFile passes over files that go away meanwhile.
+func (b *bench) eachFile(dir string, do func(*os.File) error) {
+	b.t.Helper()
 	err := filepath.WalkDir(dir, func(name string, d os.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
-			return err
+			return ignoreGone(err)
 		}
 		f, err := os.Open(name)
 		if err != nil {
-			return err
+			return ignoreGone(err)
 		}
 		defer f.Close()
-		return dropCache(f)
+		return do(f)
 	})
 	if err != nil {
 		b.t.Fatal(err)
 	}
 }
 
+func ignoreGone(err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 // lazy starts a server on a copy that is not hydrated.
 func (b *bench) lazy() (c *cluster, end func()) {
-	target := newTarget(b.t)
-	var r copied
-	pgthaw(b.t, "--repo", b.repo, "--json", "thaw", "bench", "latest", "--target", target, "--start", "--hydrate", "off", "--bindir", b.c.bin).ok(b.t).into(b.t, &r)
-	c = r.server(b.t, b.c.installation, target)
-	waitFor(b.t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
-	return c, func() { c.StopImmediate(); discard(b.t, target) }
+	c = b.thawedServer("--hydrate", "off")
+	return c, func() { c.StopImmediate(); discard(b.t, c.data) }
 }

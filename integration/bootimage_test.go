@@ -153,6 +153,35 @@ func (a archived) testListed(t *testing.T, b listed, images []imageJSON) {
 	a.pgthaw(t, "repo", "check", "--read-data").ok(t)
 }
 
+// TestBootImageWithoutArchive: where nothing lies behind the backup, its promoted image is the end of WAL, too; no longer when there is
+// WAL behind it.
+func TestBootImageWithoutArchive(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, postgresql(t, 17), clusterOptions{})
+	dir := tempDir(t)
+	ownedByPostgres(t, dir)
+	a := archived{c, filepath.Join(dir, "repo")}
+	a.pgthaw(t, "repo", "init").ok(t)
+	c.SQL("CREATE TABLE seen AS SELECT 'before' AS x")
+	a.backupWithImages(t)
+	thaw := func(kind, rows string) {
+		t.Helper()
+		see := func(c *cluster) {
+			if got := c.SQL("SELECT string_agg(x, ' ' ORDER BY x) FROM seen"); got != rows {
+				t.Errorf("there are %q, want %q", got, rows)
+			}
+		}
+		if r := a.thawTo(t, nil, see); r.kind() != kind {
+			t.Errorf("thaw to the end of WAL used image %q, want %q", r.kind(), kind)
+		}
+	}
+	thaw("promoted", "before")
+	segment := c.SQL("INSERT INTO seen VALUES ('behind'); SELECT pg_walfile_name(pg_current_wal_lsn())")
+	c.SQL("SELECT pg_switch_wal()")
+	a.pgthaw(t, "wal", "push", "main", filepath.Join(c.data, "pg_wal", segment)).ok(t)
+	thaw("", "before behind")
+}
+
 // imageMaker is a run of boot-image with a place for its temporary directory.
 func (a archived) imageMaker(dir string, more ...string) []string {
 	return append([]string{"--repo", a.repo, "--json", "boot-image", "main", "--bindir", a.bin, "--scratch", dir}, more...)

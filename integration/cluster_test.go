@@ -293,6 +293,12 @@ func (c *cluster) waitGone(pid int) {
 	})
 }
 
+// waitRecovered waits until a server that recovers may be written to.
+func (c *cluster) waitRecovered() {
+	c.t.Helper()
+	waitFor(c.t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+}
+
 // pid is the postmaster's, ours or the one that postmaster.pid names; 0 when the server is down.
 func (c *cluster) pid() int {
 	if c.process != nil {

@@ -205,8 +205,8 @@ func (k *life) strikeReplay() {
 		return strings.Contains(string(now[len(log):]), text)
 	}
 	replaying := func() bool { return said("redo starts at") && !said("redo done at") }
-	pollEvery(time.Millisecond/2, hitLimit, func() bool { return replaying() || said("redo done at") || said("redo is not required") || k.c.down() })
-	pollEvery(time.Millisecond/2, k.within(3*time.Millisecond, 30*time.Millisecond, 300*time.Millisecond), func() bool { return !replaying() })
+	pollClosely(hitLimit, func() bool { return replaying() || said("redo done at") || said("redo is not required") || k.c.down() })
+	pollClosely(k.within(3*time.Millisecond, 30*time.Millisecond, 300*time.Millisecond), func() bool { return !replaying() })
 	victim, seen := []string{"daemon", "both", "postmaster"}[k.r.IntN(3)], ""
 	if replaying() {
 		seen = "redo has started and is not done"
@@ -231,9 +231,9 @@ func (k *life) within(any ...time.Duration) time.Duration {
 func (k *life) strikeLeaving() {
 	k.t.Helper()
 	before, seen := k.mounts(), ""
-	pollEvery(time.Millisecond/2, hitLimit, func() bool { return k.mounts() != before })
+	pollClosely(hitLimit, func() bool { return k.mounts() != before })
 	if k.r.IntN(2) == 0 { // between the first and the last of several
-		pollEvery(time.Millisecond/2, time.Duration(k.r.IntN(1000))*time.Microsecond, func() bool { return false })
+		pollClosely(time.Duration(k.r.IntN(1000))*time.Microsecond, func() bool { return false })
 	}
 	if now := k.mounts(); now != before {
 		seen = "mounted were " + before + " just before, and are " + now
@@ -248,7 +248,7 @@ func (k *life) strikeResume() {
 	k.t.Helper()
 	resume := invocation{}.start(k.t, "overlay", "resume", k.data)
 	poll(hitLimit, func() bool { k.findDaemon(); return k.daemon != 0 || resume.down() })
-	pollEvery(time.Millisecond/2, time.Duration(k.r.IntN(30))*time.Millisecond, resume.down)
+	pollClosely(time.Duration(k.r.IntN(30))*time.Millisecond, resume.down)
 	seen := ""
 	if k.daemon != 0 && !resume.down() {
 		seen = "its daemon is there, and it has not ended"
@@ -281,7 +281,7 @@ func (k *life) waitFinishing(finish *running) {
 		poll(time.Duration(k.r.IntN(500))*time.Millisecond, finish.down)
 		return
 	}
-	pollEvery(time.Millisecond/2, hitLimit, func() bool { return finish.down() || k.mounts() == "" })
+	pollClosely(hitLimit, func() bool { return finish.down() || k.mounts() == "" })
 }
 
 // strikeRestart kills while `overlay finish --restart` does the same under a server that runs.

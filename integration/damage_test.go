@@ -90,7 +90,7 @@ func newDamaged(t *testing.T) *damaged {
 	l.Stop()
 	a.Stop()
 	d.listObjects(t)
-	dir := memory(t)
+	dir := mountTemp(t, "tmpfs", "mode=755")
 	d.targets = dir
 	for i := range d.backups {
 		target := filepath.Join(dir, strconv.Itoa(i))
@@ -111,21 +111,6 @@ func newDamaged(t *testing.T) *damaged {
 		d.wal[name] = sumOf(t, path)
 	}
 	return d
-}
-
-// memory is a directory whose files lie in memory.
-func memory(t *testing.T) string {
-	t.Helper()
-	dir := tempDir(t)
-	if err := syscall.Mount("none", dir, "tmpfs", 0, "mode=755"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
 }
 
 func (d *damaged) listObjects(t *testing.T) {

@@ -16,15 +16,7 @@ func TestOverlayDiskFull(t *testing.T) {
 	a := newArchived(t, postgresql(t, 15), clusterOptions{checksums: true, pgbenchScale: 3, conf: []string{"fsync = off"}})
 	a.backup(t)
 	a.Stop()
-	disk := tempDir(t)
-	if err := syscall.Mount("none", disk, "tmpfs", 0, "size=256m,mode=755"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(disk, 0); err != nil {
-			t.Error(err)
-		}
-	})
+	disk := mountTemp(t, "tmpfs", "size=256m,mode=755")
 	data := filepath.Join(disk, "postgres", "data")
 	if err := os.Mkdir(filepath.Dir(data), 0o755); err != nil {
 		t.Fatal(err)
@@ -65,7 +57,7 @@ func TestOverlayDiskFull(t *testing.T) {
 	pgthaw(t, "overlay", "finish", data).ok(t)
 	checkNothingOfOurs(t, data)
 	c := adopt(t, a.installation, data)
-	waitFor(t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+	c.waitRecovered()
 	c.pgbenchBalances()
 	c.amcheck()
 	c.Stop()

@@ -83,7 +83,7 @@ func (e encrypted) testRestore(t *testing.T, v invocation) {
 
 func (e encrypted) checkCopy(t *testing.T, c *cluster) {
 	t.Helper()
-	waitFor(t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+	c.waitRecovered()
 	e.l.check(c, len(e.l.commits), len(e.l.commits))
 	c.Stop()
 }

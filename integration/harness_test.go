@@ -185,7 +185,7 @@ func recoverTo(t *testing.T, p installation, dir, setting string) *cluster {
 	ownedByPostgres(t, signal)
 	c := adopt(t, p, data, "-c", "archive_mode=off", "-c", "restore_command=cp "+dir+"/%f %p", "-c", setting,
 		"-c", "recovery_target_action=promote")
-	waitFor(t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+	c.waitRecovered()
 	return c
 }
 

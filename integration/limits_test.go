@@ -66,7 +66,7 @@ func (l limited) works(t *testing.T, v invocation, dir string) {
 func (l limited) used(t *testing.T, v invocation, data, side string) {
 	t.Helper()
 	c := adopt(t, l.installation, data)
-	waitFor(t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+	c.waitRecovered()
 	if got := c.SQL("SELECT (SELECT count(*) FROM here), (SELECT count(*) FROM in_side)"); got != l.rows {
 		t.Errorf("there are %s rows, want %s", got, l.rows)
 	}
@@ -79,22 +79,10 @@ func (l limited) used(t *testing.T, v invocation, data, side string) {
 	l.checksums(t, data)
 }
 
-// mountAt mounts a file system of the kernel's until the test ends, and gives a directory on it.
+// mountAt gives a directory on a new file system of the kernel's.
 func mountAt(t *testing.T, kind, options string) string {
 	t.Helper()
-	dir := filepath.Join(tempDir(t), "disk")
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mount("none", dir, kind, 0, options); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
-	return directoryOn(t, dir)
+	return directoryOn(t, mountTemp(t, kind, options))
 }
 
 // directoryOn makes a directory on what is mounted: discard waits until nothing is mounted at one or below it.
@@ -251,21 +239,7 @@ func (l limited) walBytes(t *testing.T) int64 {
 	t.Helper()
 	data := newTarget(t)
 	l.copyTo(t, invocation{}, "restore", "latest", data, l.mapping(filepath.Join(filepath.Dir(data), "side"))...).ok(t)
-	return directorySize(t, filepath.Join(data, "pg_wal"))
-}
-
-func directorySize(t *testing.T, dir string) (size int64) {
-	t.Helper()
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range entries {
-		if info, err := e.Info(); err == nil && info.Mode().IsRegular() {
-			size += info.Size()
-		}
-	}
-	return size
+	return fileBytes(t, filepath.Join(data, "pg_wal"))
 }
 
 // testDescriptors: a daemon that may have fewer files open than there are serves them all; with too few none is begun.

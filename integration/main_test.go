@@ -126,6 +126,38 @@ func tempDir(t *testing.T) string {
 	return dir
 }
 
+// mountTemp mounts a new file system of the kernel's until the test ends.
+func mountTemp(t *testing.T, kind, options string) string {
+	t.Helper()
+	dir := tempDir(t)
+	if err := syscall.Mount("none", dir, kind, 0, options); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+	return dir
+}
+
+// fileBytes adds up the sizes of the files below a directory.
+func fileBytes(t *testing.T, dir string) (n int64) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(_ string, d os.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			if info, err := d.Info(); err == nil {
+				n += info.Size()
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
 // leftovers names, and takes away, every mount, process and file below scratch that should be gone by now.
 func leftovers() []string {
 	var left []string

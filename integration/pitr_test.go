@@ -392,7 +392,7 @@ func (s *reachSource) testShutdown(t *testing.T) {
 		waitFor(t, stopLimit, "end of the server", func() bool { return c.pid() == 0 })
 		if path == "restore" {
 			c = adopt(t, s.installation, data, "-c", "recovery_target_action=promote")
-			waitFor(t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+			c.waitRecovered()
 			s.l.check(c, m.n, m.n)
 		}
 		discard(t, data)

@@ -6,18 +6,32 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // alive reports whether a process runs. One that has ended and waits for its parent is not alive.
 func alive(pid int) bool {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return false
+	fields := statFields(pid)
+	return len(fields) > 0 && fields[0] != "Z" && fields[0] != "X"
+}
+
+// statFields is what follows the name in /proc/PID/stat, from field 3 of proc_pid_stat(5) on, the state; nothing if there is no such process.
+func statFields(pid int) []string {
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, afterName, _ := strings.Cut(string(stat), ") ")
+	return strings.Fields(afterName)
+}
+
+// statTimes adds up the first n of utime, stime, cutime and cstime, fields 14 to 17; 0 for a process that is gone.
+func statTimes(pid, n int) (used time.Duration) {
+	fields := statFields(pid)
+	for i := 11; i < 11+n && i < len(fields); i++ {
+		ticks, _ := strconv.Atoi(fields[i])
+		used += time.Duration(ticks) * 10 * time.Millisecond
 	}
-	_, afterName, _ := strings.Cut(string(stat), ") ") // the name is in parentheses, the state follows
-	return afterName != "" && afterName[0] != 'Z' && afterName[0] != 'X'
+	return used
 }
 
 // childrenOf lists a process's children.

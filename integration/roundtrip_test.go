@@ -99,7 +99,7 @@ func (a archived) restoreAndCheck(t *testing.T, l *ledger, target []string, leas
 	}
 	a.pgthaw(t, append(args, target...)...).ok(t)
 	c := adopt(t, a.installation, data)
-	waitFor(t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+	c.waitRecovered()
 	l.check(c, least, most)
 	if got := c.SQL("SELECT count(*), sum(i) FROM in_slow"); got != "1000|500500" {
 		t.Errorf("in_slow holds %s", got)

@@ -19,7 +19,11 @@ func waitFor(t *testing.T, limit time.Duration, what string, cond func() bool) {
 // poll reports whether cond came to hold within the limit.
 func poll(limit time.Duration, cond func() bool) bool { return pollEvery(pollInterval, limit, cond) }
 
-// pollEvery is poll for what lasts less than its interval.
+// pollClosely is poll for what lasts less than its interval.
+func pollClosely(limit time.Duration, cond func() bool) bool {
+	return pollEvery(time.Millisecond/2, limit, cond)
+}
+
 func pollEvery(interval, limit time.Duration, cond func() bool) bool {
 	deadline := time.After(limit)
 	tick := time.NewTicker(interval)

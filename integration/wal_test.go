@@ -248,7 +248,7 @@ func TestRecoveryStops(t *testing.T) {
 					}
 					ownedByPostgres(t, a.walFile(victim))
 					c := adopt(t, a.installation, data) // nothing is lost: once the repository is well, recovery goes on
-					waitFor(t, startLimit, "end of recovery", func() bool { return c.SQL("SELECT pg_is_in_recovery()") == "f" })
+					c.waitRecovered()
 					if got := c.SQL("SELECT count(*) FROM filled"); got != "8" {
 						t.Errorf("filled has %s rows, want 8", got)
 					}

@@ -35,12 +35,34 @@ func (j *job) useImage(ctx context.Context) {
 	if err != nil {
 		j.Log.Warn("a boot image of the backup cannot be read", "error", err)
 	}
+	t := j.Target
+	if kind, _ := t.kind(); kind == targetEnd && newestOf(images, repo.ImagePromoted) != nil {
+		if t.Immediate, err = j.route.endsWithBackup(ctx); err != nil {
+			j.Log.Warn("the last WAL of the backup cannot be read", "error", err)
+		}
+	}
 	for _, m := range slices.Backward(images) {
-		if j.route.leadsFrom(m.Image, j.Target) {
+		if j.route.leadsFrom(m.Image, t) {
 			j.route.image = m
 			return
 		}
 	}
+}
+
+// endsWithBackup tells whether the end of WAL is the end of the backup as far as anybody sees: behind that there is no more than the
+// rest of its last segment, and in it no transaction. So it is where nobody archives.
+func (r Route) endsWithBackup(ctx context.Context) (bool, error) {
+	p, stop := r.path, r.Manifest.StopLSN
+	last := len(p.names) - 1
+	if p.gap != nil || len(r.line) > 1 || last < 0 || p.end() != p.a.size.Segment(stop-1)+1 {
+		return false, nil
+	}
+	content, err := p.a.r.WAL(ctx, p.a.cluster, p.names[last])
+	if err != nil {
+		return false, err
+	}
+	more, err := pg.TransactionsFrom(content, p.names[last], p.a.size, stop)
+	return !more && err == nil, err
 }
 
 // leadsFrom tells whether recovery from an image ends where it ends from the backup. If in doubt it does not.

@@ -92,13 +92,13 @@ func (j *job) checkThawable(ctx context.Context, mode hydration) error {
 
 // checkRoomForLaying counts what is written before the first query: a name for each file, and pg_wal.
 func (j *job) checkRoomForLaying(ctx context.Context) error {
-	wal, err := j.sizeBelow(ctx, walDir)
+	wal, whole, err := j.walAtOnce(ctx)
 	if err != nil {
 		return err
 	}
 	need := make([]room, len(j.roots))
 	need[0].files = int64(j.route.Manifest.Files)
-	if wal <= atOnce {
+	if whole {
 		need[0].bytes = wal
 	}
 	return checkSpace(j.roots[:1], need[:1])

@@ -19,6 +19,7 @@ type Route struct {
 	Manifest *repo.Manifest
 	Timeline pg.Timeline // that recovery follows
 
+	path     *walPath
 	line     line   // from the backup's timeline to that one
 	end      pg.LSN // of the last segment that is there, or of the backup
 	gapAhead bool   // behind it some is missing
@@ -140,6 +141,7 @@ func (a *archive) plan(ctx context.Context, m *repo.Manifest, t Target) (Route, 
 	return Route{
 		Manifest: m,
 		Timeline: p.line[len(p.line)-1].timeline,
+		path:     p,
 		line:     p.line,
 		end:      max(a.size.Start(p.end()), m.StopLSN),
 		gapAhead: p.gap != nil || p.alone,

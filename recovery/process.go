@@ -1,6 +1,7 @@
 package recovery
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -161,14 +162,19 @@ func (p *process) manager() (who, hint string) {
 	return "", ""
 }
 
-// parentOf is the parent of a process; 0 if that is not known. proc_pid_stat(5): it follows the command and the state.
+// parentOf is the parent of a process; 0 if that is not known.
 func parentOf(pid int) (parent int) {
-	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if i := strings.LastIndex(string(stat), ") "); i >= 0 {
-		var state string
-		_, _ = fmt.Sscanf(string(stat)[i+2:], "%s %d", &state, &parent)
+	if fields := statFields(pid); len(fields) > 1 {
+		parent, _ = strconv.Atoi(fields[1])
 	}
 	return parent
+}
+
+// statFields is what follows the command in /proc/PID/stat, from field 3 of proc_pid_stat(5) on: the state, the parent and so on.
+// Only the command, in parentheses, may hold blanks.
+func statFields(pid int) []string {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 }
 
 // serviceOf is the service of systemd's that a cgroup file of /proc tells of. cgroups(7): a line is id:controllers:path.

@@ -1,7 +1,7 @@
 package recovery
 
 import (
-	"bytes"
+	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -53,21 +53,21 @@ func (l *serverLoad) note(now time.Time, pid int, used time.Duration) (busy bool
 // processorTime is what a process, its children of now and those that it has waited for have used. Where /proc does not tell (children
 // needs CONFIG_PROC_CHILDREN), it is less.
 func processorTime(pid int) (used time.Duration) {
-	dir := "/proc/" + strconv.Itoa(pid)
-	used = statTime(dir, 4)
-	children, _ := os.ReadFile(dir + "/task/" + strconv.Itoa(pid) + "/children")
-	for child := range strings.FieldsSeq(string(children)) {
-		used += statTime("/proc/"+child, 2)
+	used = statTime(pid, 4)
+	children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid))
+	for field := range strings.FieldsSeq(string(children)) {
+		if child, err := strconv.Atoi(field); err == nil {
+			used += statTime(child, 2)
+		}
 	}
 	return used
 }
 
-// statTime adds up the first n of utime, stime, cutime and cstime: fields 14 to 17. Only the second, in parentheses, may hold blanks.
-func statTime(dir string, n int) (used time.Duration) {
-	text, _ := os.ReadFile(dir + "/stat")
-	fields := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
+// statTime adds up the first n of utime, stime, cutime and cstime: fields 14 to 17.
+func statTime(pid, n int) (used time.Duration) {
+	fields := statFields(pid)
 	for i := 11; i < 11+n && i < len(fields); i++ {
-		ticks, _ := strconv.ParseInt(string(fields[i]), 10, 64)
+		ticks, _ := strconv.ParseInt(fields[i], 10, 64)
 		used += time.Duration(ticks) * clockTick
 	}
 	return used

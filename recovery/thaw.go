@@ -106,13 +106,19 @@ const atOnce = 64 << 20
 
 const walDir = "pgdata/pg_wal"
 
+// walAtOnce is how many bytes pg_wal has, and whether it is laid whole.
+func (j *job) walAtOnce(ctx context.Context) (size int64, whole bool, err error) {
+	size, err = j.sizeBelow(ctx, walDir)
+	return size, size <= atOnce, err
+}
+
 func (j *job) layOptions(ctx context.Context) (fusefs.LayOptions, error) {
-	size, err := j.sizeBelow(ctx, walDir)
+	_, walWhole, err := j.walAtOnce(ctx)
 	if err != nil {
 		return fusefs.LayOptions{}, err
 	}
 	o := fusefs.LayOptions{
-		Whole: func(path string) bool { return size <= atOnce && strings.HasPrefix(path, walDir+"/") },
+		Whole: func(path string) bool { return walWhole && strings.HasPrefix(path, walDir+"/") },
 		Link:  func(path, target string) string { return relink(j.roots, path, target) },
 		Rename: func(path string) string {
 			if path == "pgdata/"+versionFile {

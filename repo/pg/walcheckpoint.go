@@ -3,6 +3,7 @@ package pg
 import (
 	"bytes"
 	"encoding/binary"
+	"iter"
 )
 
 // CheckpointRecord is the record that ends a checkpoint.
@@ -24,16 +25,10 @@ func LastCheckpoint(seg []byte, name WALName, size SegmentSize) (last Checkpoint
 	if err != nil {
 		return last, false, err
 	}
-	off, more := s.first()
-	for more {
-		var r walRecord
-		if r, off, more = s.next(off); !more || r.continues {
-			break
-		}
-		if c, is := r.checkpoint(); is {
+	for r := range s.records() {
+		if c, is := r.checkpoint(); is && !r.continues {
 			last, ok = c, true
 		}
-		more = r.rmid() != rmXLOG || r.info()&rmgrInfoMask != xlogSwitch
 	}
 	return last, ok, nil
 }
@@ -65,20 +60,44 @@ func TablespacesMade(seg []byte, name WALName, size SegmentSize) (dirs []string,
 	if err != nil {
 		return nil, err
 	}
-	off, more := s.first()
-	for more {
-		var r walRecord
-		if r, off, more = s.next(off); !more || !r.hasHeader() {
-			break
+	for r := range s.records() {
+		if r.rmid() != rmTblspc || r.info()&rmgrInfoMask != tblspcCreate {
+			continue
 		}
-		if r.rmid() == rmTblspc && r.info()&rmgrInfoMask == tblspcCreate {
-			if data, ok := r.mainData(); !ok || len(data) < 4 {
-				dirs = append(dirs, "a directory that is not known")
-			} else if dir, _, _ := bytes.Cut(data[4:], []byte{0}); len(dir) > 0 || r.continues {
-				dirs = append(dirs, string(dir))
-			}
+		if data, ok := r.mainData(); !ok || len(data) < 4 {
+			dirs = append(dirs, "a directory that is not known")
+		} else if dir, _, _ := bytes.Cut(data[4:], []byte{0}); len(dir) > 0 || r.continues {
+			dirs = append(dirs, string(dir))
 		}
-		more = !r.continues && (r.rmid() != rmXLOG || r.info()&rmgrInfoMask != xlogSwitch)
 	}
 	return dirs, nil
+}
+
+// TransactionsFrom tells whether a transaction leaves a record in a segment file at or behind a place: commits, aborts, is prepared.
+// Errors are those of ScanWAL.
+func TransactionsFrom(seg []byte, name WALName, size SegmentSize, from LSN) (bool, error) {
+	s, err := openSegment(seg, name, size)
+	if err != nil {
+		return false, err
+	}
+	for r := range s.records() {
+		if r.start >= from && r.rmid() == rmXact {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// records are those that begin in the segment and have a header there; only the last one may continue in the next segment. Behind
+// XLOG_SWITCH there is none.
+func (s *walSegment) records() iter.Seq[walRecord] {
+	return func(yield func(walRecord) bool) {
+		for off, more := s.first(); more; {
+			var r walRecord
+			if r, off, more = s.next(off); !more || !r.hasHeader() || !yield(r) {
+				return
+			}
+			more = !r.continues && (r.rmid() != rmXLOG || r.info()&rmgrInfoMask != xlogSwitch)
+		}
+	}
 }

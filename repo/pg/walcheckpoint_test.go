@@ -76,3 +76,18 @@ func TestTablespacesMade(t *testing.T) {
 		record(tblspcCreate, "/somewhere")
 	}
 }
+
+func TestTransactionsFrom(t *testing.T) {
+	w := newWAL(3, 1, 0)
+	w.filler(9000)
+	early := w.record(rmXact, xactCommit, 9, commitAt(5))
+	w.filler(200)
+	late := w.record(rmXact, 0x10, 10, commitAt(5)) // XLOG_XACT_PREPARE
+	w.record(rmXLOG, xlogSwitch, 0, nil)
+	w.record(rmXact, xactCommit, 11, commitAt(6)) // of a recycled segment
+	for from, want := range map[LSN]bool{early: true, early + 1: true, late: true, late + 1: false} {
+		if got, err := TransactionsFrom(w.segment(), w.name(), mib, from); err != nil || got != want {
+			t.Errorf("from %s: %v, %v; want %v", from, got, err, want)
+		}
+	}
+}

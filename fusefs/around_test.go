@@ -2,6 +2,7 @@ package fusefs
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -28,11 +29,9 @@ func aroundOf(t *testing.T, lower []byte) (*Overlay, *node, int) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(pin) })
-	rooms, err := newRooms()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &Overlay{nodes: new(nodes), rooms: rooms}, &node{id: 2, fd: pin, file: f, refs: 1}, fd
+	v := &Overlay{nodes: new(nodes), rooms: newRooms()}
+	v.eager.Store(true)
+	return v, &node{id: 2, fd: pin, file: f, refs: 1}, fd
 }
 
 // readPage reads a page, and tells whether what is around it came along.
@@ -40,10 +39,12 @@ func readPage(t *testing.T, v *Overlay, n *node, fd int, off int64, want []byte)
 	t.Helper()
 	p := make([]byte, 8192)
 	got, err := n.file.read(fd, p, off, func(holes []span) (err error) {
-		if around, err = v.readAround(n, p, off, holes); !around {
-			err = n.file.fromLower(fd, p, off, holes, false)
+		k, err := v.readAround(n, fd, p, off, holes)
+		if around = k != nil; around {
+			k.Done()
+			return err
 		}
-		return err
+		return errors.Join(err, n.file.fromLower(fd, p, off, holes, !v.eager.Load()))
 	})
 	if err != nil || !bytes.Equal(p[:got], want[off:min(off+8192, int64(len(want)))]) {
 		t.Errorf("read at %d: %d bytes, %v", off, got, err)
@@ -83,6 +84,26 @@ func TestAround(t *testing.T) {
 	}
 }
 
+// TestAroundTwice: without hydration a page brings its chunk if another page of it was wanted before.
+func TestAroundTwice(t *testing.T) {
+	lower := random(rand.New(rand.NewPCG(1, 2)), 2*aroundMost)
+	v, n, fd := aroundOf(t, lower)
+	v.eager.Store(false)
+	for _, c := range []struct {
+		off  int64
+		want bool
+	}{{16384, false}, {aroundMost, false}, {65536, true}} {
+		if got := readPage(t, v, n, fd, c.off, lower); got != c.want {
+			t.Errorf("at %d its chunk came along: %v", c.off, got)
+		}
+	}
+	v.rooms.close()
+	holes, err := n.file.holes(fd, span{0, int64(len(lower))})
+	if err != nil || fmt.Sprint(holes) != fmt.Sprint([]span{{aroundMost + 8192, 2 * aroundMost}}) {
+		t.Errorf("holes %v, %v", holes, err)
+	}
+}
+
 // TestAroundWholeWaits: a file is not taken for one with holes while what came along is being written.
 func TestAroundWholeWaits(t *testing.T) {
 	lower := random(rand.New(rand.NewPCG(1, 2)), aroundMost)
@@ -93,14 +114,14 @@ func TestAroundWholeWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.file.beside.writing.RLock()
-	fills, err := n.file.beginFills(fd, holes, aroundLeast)
+	fills, err := n.file.beginFills(fd, holes, 1)
 	if err != nil || len(fills) != 1 {
 		t.Fatalf("%v, %v", fills, err)
 	}
 	began, ended := make(chan struct{}), make(chan error)
 	go func() {
 		close(began)
-		_, err := (&hydrator{v: v}).whole(&filling{n: n, fd: fd, direct: -1})
+		_, err := (&hydrator{turns: newTurns(v, pieceSize)}).whole(&filling{n: n, fd: fd, direct: -1})
 		ended <- err
 	}()
 	<-began

@@ -29,7 +29,7 @@
 //     a hole still. fallocate(2) below the limit is refused, for ext4 may write zeros around
 //     what is written into an unwritten extent.
 //   - What the hydrator is writing around the page cache counts as a hole until all of it is written: who reads it reads the lower, who
-//     changes it waits. What fails is made holes again. See beside.go. So it is with what comes with a page that was read: see around.go.
+//     changes it waits. What fails is made holes again. See beside.go.
 //   - Blocks given and not written (fiemap: unwritten) are no dependable holes. A power cut leaves some; they are made holes when
 //     a placeholder is first used.
 //   - A block is never data in part: what a write leaves of a block gets the lower's bytes first. An aligned write reads

@@ -38,7 +38,8 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 	defer done()
 	v.eager.Store(bytesPerSecond <= 0)
 	defer v.eager.Store(false)
-	h := hydrator{v: v, rate: rate{bytesPerSecond: bytesPerSecond}, narrow: make(chan struct{}, 1)}
+	h := hydrator{rate: rate{bytesPerSecond: bytesPerSecond}}
+	h.turns = newTurns(v, h.rate.most())
 	for {
 		whole, err := h.round(ctx)
 		if err != nil && v.ctx.Err() != nil {
@@ -59,9 +60,8 @@ func (v *Overlay) Hydrate(ctx context.Context, bytesPerSecond int64) error {
 
 // hydrator is one run of Hydrate.
 type hydrator struct {
-	v      *Overlay
-	rate   rate
-	narrow chan struct{} // holds one while a worker has its turn beside others
+	turns
+	rate rate
 
 	mu      sync.Mutex
 	filled  []*node // placeholders that wait for a common sync

@@ -123,12 +123,20 @@ func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Rea
 	if n == nil || n.file == nil {
 		return nil, fuse.EBADF
 	}
+	var k *kept
 	fd, off := n.file.open.descriptor(), int64(in.Offset)
-	count, err := n.file.read(fd, buf, off, func(holes []span) error { return v.fromLower(n, fd, buf, off, holes) })
+	count, err := n.file.read(fd, buf, off, func(holes []span) (err error) {
+		k, err = v.fromLower(n, fd, buf, off, holes)
+		return err
+	})
 	if err != nil {
 		return nil, v.faults.status("read", n.key.ino, err)
 	}
-	return fuse.ReadResultData(buf[:count]), fuse.OK
+	if k == nil {
+		return fuse.ReadResultData(buf[:count]), fuse.OK
+	}
+	k.answer[0] = buf[:count]
+	return k, fuse.OK
 }
 
 // Write answers a handle that is not passthrough.

@@ -256,7 +256,7 @@ func (l *layer) copy(fd int, name string, e repo.Entry) error {
 	if err != nil {
 		return err
 	}
-	return l.b.Gather(l.ctx, []repo.Span{{Path: name, Len: e.Size}}, nil, func(s repo.Span, content []byte) error {
+	return l.b.Gather(l.ctx, []repo.Span{{Path: name, Len: e.Size}}, func(s repo.Span, content []byte) error {
 		return writePieces(fd, content, s.Off)
 	})
 }

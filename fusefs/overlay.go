@@ -149,9 +149,7 @@ func mountOverlay(ctx context.Context, cancel context.CancelFunc, dir string, op
 // serve gets what answering takes, and begins to answer.
 func (v *Overlay) serve() (served <-chan struct{}, err error) {
 	if v.o.FillOnRead {
-		if v.rooms, err = newRooms(); err != nil {
-			return nil, err
-		}
+		v.rooms = newRooms()
 	}
 	served, err = serve(v, v.dir, v.mountOptions())
 	if err != nil && v.rooms != nil {

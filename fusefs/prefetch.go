@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -14,7 +15,7 @@ import (
 
 // Prefetch fills the holes of placeholders that spans of the backup's files name, in few large reads and about in the
 // spans' order. root is the directory of the backup that Lay laid here. What is not there any more, was renamed, or has no holes
-// is left out. With yield it gives way to readers that wait for the repository.
+// is left out. With yield it gives way to those who use the mount, as hydration does.
 //
 // It is of no consequence to anybody but for speed: what an error keeps it from, a reader gets for itself.
 func (v *Overlay) Prefetch(ctx context.Context, b *repo.Backup, root string, spans []repo.Span, yield bool) error {
@@ -23,13 +24,17 @@ func (v *Overlay) Prefetch(ctx context.Context, b *repo.Backup, root string, spa
 		return err
 	}
 	defer done()
-	var turn func(context.Context) error
-	if yield {
-		turn = v.traffic.giveWay
+	gather := func(spans []repo.Span) error {
+		missing, err := v.missing(root, spans, yield && v.eager.Load())
+		if err == nil && len(missing) > 0 {
+			err = b.Gather(ctx, missing, func(s repo.Span, content []byte) error { return v.put(root, s, content) })
+		}
+		return err
 	}
-	missing, err := v.missing(root, spans)
-	if err == nil && len(missing) > 0 {
-		err = b.Gather(ctx, missing, turn, func(s repo.Span, content []byte) error { return v.put(root, s, content) })
+	if yield {
+		err = v.inTurns(ctx, spans, gather)
+	} else {
+		err = gather(spans)
 	}
 	if err != nil {
 		return fmt.Errorf("prefetch %s: %w", v.dir, err)
@@ -37,8 +42,46 @@ func (v *Overlay) Prefetch(ctx context.Context, b *repo.Backup, root string, spa
 	return nil
 }
 
-// missing are the holes in spans. A file is looked for once.
-func (v *Overlay) missing(root string, spans []repo.Span) (missing []repo.Span, err error) {
+// aheadAtOnce is what is read beforehand at once when nobody is there who uses the mount, in bytes of chunks.
+const aheadAtOnce = 64 << 20
+
+// inTurns calls gather with some of the spans at a time.
+func (v *Overlay) inTurns(ctx context.Context, spans []repo.Span, gather func([]repo.Span) error) error {
+	q := newTurns(v, aheadAtOnce)
+	for spans := slices.Clone(spans); len(spans) > 0; {
+		t, err := q.turn(ctx)
+		if err != nil {
+			return err
+		}
+		if t.narrow {
+			t.size = pieceSize // which may be many requests to the store
+		}
+		var first []repo.Span
+		first, spans = firstOf(spans, t.size)
+		t.begin(v)
+		if err := errors.Join(gather(first), q.end(ctx, t)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// firstOf takes some bytes off the beginning of spans, which it changes. A span counts as a chunk at least, for it costs as much.
+func firstOf(spans []repo.Span, size int64) (first, rest []repo.Span) {
+	for len(spans) > 0 && size > 0 {
+		s := &spans[0]
+		n := min(s.Len, max(size, repo.ChunkSize))
+		first = append(first, repo.Span{Path: s.Path, Off: s.Off, Len: n})
+		size -= max(n, repo.ChunkSize)
+		if s.Off, s.Len = s.Off+n, s.Len-n; s.Len <= 0 {
+			spans = spans[1:]
+		}
+	}
+	return first, spans
+}
+
+// missing are the holes in spans; or in the chunks that they come from, if these are to be kept. A file is looked for once.
+func (v *Overlay) missing(root string, spans []repo.Span, chunks bool) (missing []repo.Span, err error) {
 	of := map[string][]int{}
 	var names []string
 	for i, s := range spans {
@@ -52,7 +95,7 @@ func (v *Overlay) missing(root string, spans []repo.Span) (missing []repo.Span, 
 		err := v.withPlaceholder(root, name, func(f *file, fd int) (err error) {
 			for _, i := range of[name] {
 				s := spans[i]
-				if holes[i], err = f.holes(fd, span{max(0, s.Off), s.Off + s.Len}); err != nil {
+				if holes[i], err = f.missing(fd, span{max(0, s.Off), s.Off + s.Len}, chunks); err != nil {
 					return err
 				}
 			}
@@ -62,12 +105,28 @@ func (v *Overlay) missing(root string, spans []repo.Span) (missing []repo.Span, 
 			return nil, err
 		}
 	}
+	named := map[repo.Span]bool{} // a chunk may be wanted more than once
 	for i, s := range spans {
 		for _, h := range holes[i] {
-			missing = append(missing, repo.Span{Path: s.Path, Off: h.from, Len: h.to - h.from})
+			if m := (repo.Span{Path: s.Path, Off: h.from, Len: h.to - h.from}); !named[m] {
+				named[m] = true
+				missing = append(missing, m)
+			}
 		}
 	}
 	return missing, nil
+}
+
+// missing are the holes in s, or in the chunk that they come from.
+func (f *file) missing(fd int, s span, chunk bool) ([]span, error) {
+	holes, err := f.holes(fd, s)
+	if err != nil || !chunk || len(holes) == 0 {
+		return holes, err
+	}
+	if around, err := f.around(holes); err == nil && around.from < around.to {
+		return f.holes(fd, around)
+	}
+	return holes, nil
 }
 
 // put writes bytes of the lower into what is still a hole of them.

@@ -3,6 +3,7 @@ package fusefs
 import (
 	"bytes"
 	"context"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -96,6 +97,40 @@ func TestPrefetch(t *testing.T) {
 		held.Close()
 		written.Close()
 	})
+}
+
+// TestFirstOf: all of the spans is taken, in their order, and about as much at a time as was asked for.
+func TestFirstOf(t *testing.T) {
+	const chunk = repo.ChunkSize
+	spans := []repo.Span{{Path: "a", Off: 8192, Len: 8192}, {Path: "a", Off: 0, Len: 8192}, {Path: "b", Off: -5, Len: 3*chunk + 5}, {Path: "c"}, {Path: "d", Len: 1}}
+	want := [][]repo.Span{
+		{{Path: "a", Off: 8192, Len: 8192}, {Path: "a", Len: 8192}},
+		{{Path: "b", Off: -5, Len: 2 * chunk}},
+		{{Path: "b", Off: 2*chunk - 5, Len: chunk + 5}, {Path: "c"}},
+		{{Path: "d", Len: 1}},
+	}
+	for i := 0; len(spans) > 0; i++ {
+		var first []repo.Span
+		if first, spans = firstOf(spans, 2*chunk); i >= len(want) || !slices.Equal(first, want[i]) {
+			t.Fatalf("%d: %v, of %v", i, first, want)
+		}
+	}
+}
+
+// TestPrefetchChunks: while hydration runs, what is prefetched in turns brings all of its chunk, once.
+func TestPrefetchChunks(t *testing.T) {
+	lower := random(rand.New(rand.NewPCG(1, 2)), 2*aroundMost+20_000)
+	f, fd := layFile(t, lower)
+	f.openLower = func(string) (io.ReaderAt, error) { return chunked{bytes.NewReader(lower)}, nil }
+	for _, c := range []struct {
+		chunks bool
+		want   span
+	}{{false, span{aroundMost + 8192, aroundMost + 16384}}, {true, span{aroundMost, 2 * aroundMost}}} {
+		got, err := f.missing(fd, span{aroundMost + 8192, aroundMost + 16384}, c.chunks)
+		if err != nil || !slices.Equal(got, []span{c.want}) {
+			t.Errorf("chunks %v: %v, %v", c.chunks, got, err)
+		}
+	}
 }
 
 // TestTouched: it is told which bytes somebody waits for, once, and of files that are opened.

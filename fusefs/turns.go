@@ -99,25 +99,14 @@ func (t *traffic) look() (spent time.Duration, lively bool) {
 	return t.spent, t.spent > 0 && since < lull
 }
 
-// patience is how long who reads ahead stands back for requests before it goes on all the same.
-const patience = 100 * time.Millisecond
-
-// giveWay waits until no request is in hand, or patience has run out.
-func (t *traffic) giveWay(ctx context.Context) error {
-	const look = time.Millisecond
-	for deadline := time.Now().Add(patience); t.inHand() && time.Now().Before(deadline); {
-		if err := sleep(ctx, look); err != nil {
-			return err
-		}
-	}
-	return ctx.Err()
+// turns are handed out to workers that fill what nobody waits for yet.
+type turns struct {
+	v      *Overlay
+	most   int64         // a turn's size when nobody else is there, bytes
+	narrow chan struct{} // holds one while a worker has its turn beside others
 }
 
-func (t *traffic) inHand() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.busy > 0
-}
+func newTurns(v *Overlay, most int64) turns { return turns{v, most, make(chan struct{}, 1)} }
 
 // turn is a worker's leave to fill one piece. Beside others who use the mount one worker at a time has it, fills little, and then
 // rests for as long as they had requests meanwhile; if somebody waits for a processor, much longer.
@@ -144,29 +133,29 @@ const besideOthers = 1 << 20
 func (v *Overlay) busy() bool { return v.o.Busy != nil && v.o.Busy() }
 
 // turn waits for one.
-func (h *hydrator) turn(ctx context.Context) (turn, error) {
-	before, lively := h.v.traffic.look()
-	if !lively && !h.v.busy() {
-		return turn{size: h.rate.most(), before: before}, ctx.Err()
+func (q *turns) turn(ctx context.Context) (turn, error) {
+	before, lively := q.v.traffic.look()
+	if !lively && !q.v.busy() {
+		return turn{size: q.most, before: before}, ctx.Err()
 	}
 	select {
-	case h.narrow <- struct{}{}:
+	case q.narrow <- struct{}{}:
 	case <-ctx.Done():
 		return turn{}, ctx.Err()
 	}
-	return turn{size: min(h.rate.most(), besideOthers), narrow: true, before: before}, nil
+	return turn{size: min(q.most, besideOthers), narrow: true, before: before}, nil
 }
 
 // end ends a turn.
-func (h *hydrator) end(ctx context.Context, t turn) error {
-	spent, _ := h.v.traffic.look()
+func (q *turns) end(ctx context.Context, t turn) error {
+	spent, _ := q.v.traffic.look()
 	rest := spent - t.before
 	if t.narrow && !t.began.IsZero() && scarce() {
 		rest = restScarce * time.Since(t.began)
 	}
 	err := sleep(ctx, rest)
 	if t.narrow {
-		<-h.narrow
+		<-q.narrow
 	}
 	return err
 }

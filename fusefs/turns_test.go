@@ -49,7 +49,7 @@ func TestRate(t *testing.T) {
 // TestTurns: one worker at a time beside others, all of them when nobody is there.
 func TestTurns(t *testing.T) {
 	v := new(Overlay)
-	h := hydrator{v: v, narrow: make(chan struct{}, 1)}
+	h := newTurns(v, pieceSize)
 	ended, end := context.WithCancel(t.Context())
 	end()
 	for range 3 {

@@ -84,10 +84,10 @@ func (c *codec) chunkContent(dst, stored []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if dst == nil {
-		dst = make([]byte, 0, min(len(content), ChunkSize))
-	}
-	if len(content) > cap(dst) {
+	switch {
+	case dst == nil && len(content) <= ChunkSize:
+		return append([]byte(nil), content...), nil // which is not filled with zeros before
+	case len(content) > cap(dst):
 		return nil, fmt.Errorf("a chunk of %d bytes", len(content))
 	}
 	return append(dst[:0], content...), nil

@@ -29,16 +29,12 @@ const (
 )
 
 // Gather reads spans of any number of files in few large reads: what lies near each other in a pack comes at once, and so
-// do the directories and file maps on the way. The reads begin in the order of the spans; turn, which may be nil, is called
-// before each and ends all with its error. fn gets the bytes, verified, a chunk or less at a time, from several goroutines
+// do the directories and file maps on the way. The reads begin in the order of the spans. fn gets the bytes, verified, a chunk or less at a time, from several goroutines
 // at once; they are its own until it returns.
 //
 // What is not a file, or behind a file's end, is left out, and so are zeros that lie nowhere. An error may come after part of the bytes.
-func (b *Backup) Gather(ctx context.Context, spans []Span, turn func(context.Context) error, fn func(Span, []byte) error) error {
-	if turn == nil {
-		turn = context.Context.Err
-	}
-	g := gatherer{b: b, turn: turn, fn: fn}
+func (b *Backup) Gather(ctx context.Context, spans []Span, fn func(Span, []byte) error) error {
+	g := gatherer{b: b, fn: fn}
 	files, err := g.find(ctx, spans)
 	if err != nil {
 		return err
@@ -77,9 +73,8 @@ func (g *gatherer) unmapped(ctx context.Context, s Span, e Entry) error {
 }
 
 type gatherer struct {
-	b    *Backup
-	turn func(context.Context) error
-	fn   func(Span, []byte) error
+	b  *Backup
+	fn func(Span, []byte) error
 }
 
 // find returns the entries of the spans' files, those that are there. It reads directories a level at a time.
@@ -125,7 +120,7 @@ const preloadBelow = 4096
 
 // Preload reads a directory and those below it, a level at a time and few requests each, for whoever is about to look into them all.
 func (b *Backup) Preload(ctx context.Context, name string) error {
-	g := gatherer{b: b, turn: context.Context.Err}
+	g := gatherer{b: b}
 	top, err := b.Stat(ctx, name)
 	if err != nil {
 		return err
@@ -289,7 +284,7 @@ func (g *gatherer) scattered(ctx context.Context, refs []Ref, fn func(Ref, []byt
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(gatherReads)
 	for _, run := range nearby(refs) {
-		if err := g.turn(ctx); err != nil {
+		if err := ctx.Err(); err != nil {
 			group.Go(func() error { return err })
 			break
 		}

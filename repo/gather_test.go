@@ -2,7 +2,6 @@ package repo
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -24,7 +23,7 @@ func gather(t *testing.T, b *Backup, files testFiles, spans []Span) *gathered {
 	for name, content := range files {
 		g.files[name] = make([]byte, len(content))
 	}
-	err := b.Gather(t.Context(), spans, nil, func(s Span, p []byte) error {
+	err := b.Gather(t.Context(), spans, func(s Span, p []byte) error {
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		if int64(len(p)) != s.Len {
@@ -136,16 +135,13 @@ func TestGatherFromEdition(t *testing.T) {
 	}
 }
 
-// TestGatherEnds: an error of turn or fn ends it, and damage is never given to fn.
+// TestGatherEnds: an error of fn ends it, and damage is never given to fn.
 func TestGatherEnds(t *testing.T) {
 	files := manyFiles()
 	b := writeTestBackup(t, newTestRepository(t), files, nil)
 	spans := []Span{{"pgdata/base/5/big", 0, 1 << 30}}
 	enough := errors.New("enough")
-	if err := b.Gather(t.Context(), spans, func(context.Context) error { return enough }, nil); !errors.Is(err, enough) {
-		t.Error(err)
-	}
-	if err := b.Gather(t.Context(), spans, nil, func(Span, []byte) error { return enough }); !errors.Is(err, enough) {
+	if err := b.Gather(t.Context(), spans, func(Span, []byte) error { return enough }); !errors.Is(err, enough) {
 		t.Error(err)
 	}
 }

@@ -145,7 +145,9 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 	defer end()
 	var g errgroup.Group
 	g.Go(func() error { d.prefetchStart(answering, b); return nil })
-	g.Go(func() error { d.recordStart(answering, m); return nil })
+	if !d.record.MakesImage {
+		g.Go(func() error { d.recordStart(answering, m); return nil })
+	}
 	d.ahead = newWALAhead(d, b)
 	g.Go(func() error { d.ahead.run(answering); return nil })
 	g.Go(func() error {

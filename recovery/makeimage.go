@@ -36,9 +36,12 @@ type Images struct {
 	NoForward string // why none was made that replays on; "": one was made, or is there
 }
 
+// atBackupsEnd is where a promoted image was promoted.
+var atBackupsEnd = Target{Immediate: true, Timeline: "current"}
+
 // MakeImages makes the boot images that a backup lacks: it thaws the backup into a temporary directory, has PostgreSQL recover there
 // and shut down, and stores the pages that this has changed. Nothing of that is left, whatever happens. An image is stored only after a
-// clean shutdown, so it proves that the backup starts.
+// clean shutdown, so it proves that the backup starts. A server was started from the one that was promoted, too.
 func MakeImages(ctx context.Context, r *repo.Repository, o ImageOptions) (done Images, err error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -54,11 +57,14 @@ func MakeImages(ctx context.Context, r *repo.Repository, o ImageOptions) (done I
 	k := imageMaker{r: r, o: o, m: m}
 	k.sweep(ctx)
 	if newestOf(have, repo.ImagePromoted) == nil {
-		image, err := k.make(ctx, repo.ImagePromoted, Target{Immediate: true, Timeline: "current"})
+		image, err := k.make(ctx, repo.ImagePromoted, atBackupsEnd)
 		if err != nil {
 			return done, err
 		}
 		done.Made = append(done.Made, image)
+		if err := k.rehearse(ctx); err != nil {
+			return done, err
+		}
 	}
 	if last := newestOf(have, repo.ImageRecovery); last == nil || o.Refresh {
 		err = k.forward(ctx, last, &done)
@@ -147,34 +153,54 @@ func (k *imageMaker) checkpoint(ctx context.Context) (at pg.CheckpointRecord, wh
 }
 
 // make makes one image: what recovery to a target leaves.
-func (k *imageMaker) make(ctx context.Context, kind repo.ImageKind, t Target) (_ *repo.Manifest, err error) {
+func (k *imageMaker) make(ctx context.Context, kind repo.ImageKind, t Target) (image *repo.Manifest, err error) {
+	err = k.inScratch(ctx, func(s *scratch) error {
+		j, err := k.recover(ctx, s, t, k.fromBackup || kind == repo.ImagePromoted, true)
+		if err != nil {
+			return fmt.Errorf("make a boot image of backup %s: %w", k.m.ID, err)
+		}
+		i, err := k.describe(ctx, j, kind)
+		if err == nil {
+			image, err = j.writeImage(ctx, i, k.o.Tool)
+		}
+		return err
+	})
+	return image, err
+}
+
+// rehearse has a server start from the promoted image, as a thaw will. It shows that one does, and leaves the record of what that
+// reads, which the start that made the image does not tell: recovery had brought most of it.
+func (k *imageMaker) rehearse(ctx context.Context) error {
+	return k.inScratch(ctx, func(s *scratch) error {
+		if _, err := k.recover(ctx, s, atBackupsEnd, false, false); err != nil {
+			return fmt.Errorf("start from the boot image that was made of backup %s: %w", k.m.ID, err)
+		}
+		return nil
+	})
+}
+
+// inScratch calls do with a temporary directory, of which nothing is left.
+func (k *imageMaker) inScratch(ctx context.Context, do func(*scratch) error) error {
 	runtime.LockOSThread() // the server is to end with us: prctl(2), PR_SET_PDEATHSIG is about the thread
 	defer runtime.UnlockOSThread()
 	s, err := newScratch(k.o.Scratch)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() {
 		if left := s.remove(context.WithoutCancel(ctx)); left != nil {
 			k.o.Log.Warn("a temporary directory is left: the next boot image removes it", "dir", s.dir, "error", left)
 		}
 	}()
-	j, err := k.recover(ctx, s, t, kind)
-	if err != nil {
-		return nil, fmt.Errorf("make a boot image of backup %s: %w", k.m.ID, err)
-	}
-	image, err := k.describe(ctx, j, kind)
-	if err != nil {
-		return nil, err
-	}
-	return j.writeImage(ctx, image, k.o.Tool)
+	return do(s)
 }
 
-// recover thaws the backup, or the image that is nearer, has the server recover and waits until it has shut down.
-func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, kind repo.ImageKind) (*job, error) {
+// recover thaws the backup, or the image that is nearer, has the server recover and waits until it has shut down. noImage and makes are
+// Options.NoBootImage and ThawOptions.MakesImage.
+func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, noImage, makes bool) (*job, error) {
 	o := Options{
 		Cluster: k.m.Cluster, Backup: k.m.ID, Dir: s.data(), Target: t, TablespaceMapping: s.tablespaces(k.m),
-		Start: true, BinDir: k.o.BinDir, NoBootImage: k.fromBackup || kind == repo.ImagePromoted, Log: k.o.Log, Progress: k.o.Progress, sockets: s.sockets(),
+		Start: true, BinDir: k.o.BinDir, NoBootImage: noImage, Log: k.o.Log, Progress: k.o.Progress, sockets: s.sockets(),
 	}
 	var err error
 	if o.RestoreCommand, err = k.o.RestoreCommand(o.Dir); err != nil {
@@ -190,7 +216,7 @@ func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, kind rep
 	if err := s.makeSockets(j.owner); err != nil {
 		return nil, err
 	}
-	if err := j.lay(ctx, ThawOptions{Options: j.Options, Hydrate: "off", KeyFiles: k.o.KeyFiles}); err != nil {
+	if err := j.lay(ctx, ThawOptions{Options: j.Options, Hydrate: "off", MakesImage: makes, KeyFiles: k.o.KeyFiles}); err != nil {
 		return nil, err
 	}
 	if err := k.o.SpawnDaemon(ctx, j.dir()); err != nil {

@@ -37,7 +37,8 @@ type record struct {
 	Backup     string `json:"backup"`
 	Image      string `json:"image,omitempty"` // id of the boot image that it lies over, instead of the backup
 	Hydrate    string `json:"hydrate"`
-	Roots      []root `json:"roots"` // the data directory first
+	MakesImage bool   `json:"makes_image,omitempty"` // the server starts here as no later one does: what it reads is not recorded
+	Roots      []root `json:"roots"`                 // the data directory first
 	KeyFiles
 
 	by int // the user who owns the file

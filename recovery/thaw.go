@@ -16,8 +16,9 @@ import (
 // ThawOptions are those of Thaw.
 type ThawOptions struct {
 	Options
-	Hydrate  string   // "", "auto", "off", or a rate: "50MB" a second
-	KeyFiles KeyFiles // for those who take the overlay up later; the overlay keeps their names, never what is in them
+	Hydrate    string   // "", "auto", "off", or a rate: "50MB" a second
+	MakesImage bool     // see record
+	KeyFiles   KeyFiles // for those who take the overlay up later; the overlay keeps their names, never what is in them
 
 	// SpawnDaemon starts a process that calls Serve for dir, and returns when that is ready.
 	SpawnDaemon func(ctx context.Context, dir string) error
@@ -77,7 +78,7 @@ func (j *job) lay(ctx context.Context, o ThawOptions) error {
 	m := j.route.Manifest
 	err := writeRecord(j.dir(), record{
 		Version: recordVersion, Target: j.dir(), Repository: j.r.URL(),
-		Cluster: m.Cluster, Backup: m.ID, Image: j.imageID(), Hydrate: o.Hydrate, Roots: j.roots, KeyFiles: o.KeyFiles,
+		Cluster: m.Cluster, Backup: m.ID, Image: j.imageID(), Hydrate: o.Hydrate, MakesImage: o.MakesImage, Roots: j.roots, KeyFiles: o.KeyFiles,
 	})
 	if err == nil && j.start != nil {
 		err = os.WriteFile(filepath.Join(j.dir(), holdName), nil, 0o600)

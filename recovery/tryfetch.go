@@ -16,7 +16,7 @@ const neverWritten = "FFFFFFFF.history"
 // tryRestoreCommand runs restore_command as the server will run it, as its user, before anything is written: a repository,
 // or a pgthaw, that this user cannot get at would otherwise show only when recovery stops.
 func (j *job) tryRestoreCommand(ctx context.Context) error {
-	if j.RestoreCommand == "" || !j.owner.foreign() {
+	if j.RestoreCommand == "" || !j.owner.foreign() || j.route.promoted() { // which has nothing to recover
 		return nil
 	}
 	into := filepath.Join("/", neverWritten) // nothing is written there

@@ -7,7 +7,10 @@ import (
 	"maps"
 	"regexp"
 	"slices"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"pgthaw/repo/pg"
 )
@@ -59,21 +62,33 @@ func (r *Repository) ImagesOf(ctx context.Context, m *Manifest) ([]*Manifest, er
 	return all[m.ID], err
 }
 
+// imagesAtOnce is how many manifests of images are read at once.
+const imagesAtOnce = 8
+
 func (r *Repository) images(ctx context.Context, prefix string) (map[string][]*Manifest, error) {
 	stored, err := r.storedBackups(ctx, prefix)
 	all := map[string][]*Manifest{}
 	bad := []error{err}
+	var mu sync.Mutex // guards both
+	var g errgroup.Group
+	g.SetLimit(imagesAtOnce)
 	for _, b := range stored {
 		if !isImage(b.Backup) || !b.manifest || !b.deleted.IsZero() {
 			continue
 		}
-		m, err := r.ImageManifest(ctx, b.Cluster, b.Backup)
-		if err != nil {
-			bad = append(bad, err)
-			continue
-		}
-		all[m.Image.Of] = append(all[m.Image.Of], m)
+		g.Go(func() error {
+			m, err := r.ImageManifest(ctx, b.Cluster, b.Backup)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				bad = append(bad, err)
+			} else {
+				all[m.Image.Of] = append(all[m.Image.Of], m)
+			}
+			return nil
+		})
 	}
+	_ = g.Wait() // they collect their errors themselves
 	for of := range maps.Values(all) {
 		slices.SortFunc(of, byReach)
 	}

@@ -15,7 +15,8 @@ func bootImageCommand() *cli.Command {
 		Name: "boot-image", Usage: "have thaws of a backup start with next to nothing to replay", ArgsUsage: "CLUSTER [BACKUP]",
 		Description: "Thaws the backup (default: latest) into a temporary directory, has PostgreSQL recover there and shut down, and stores the pages\n" +
 			"that this changed. One image is of the backup's own end, another one of the newest checkpoint in the WAL behind it, from where\n" +
-			"recovery goes on. Makes what is missing. It proves that PostgreSQL starts from the backup: \"pgthaw list\" says so.",
+			"recovery goes on. Makes what is missing, and starts a server from the first one. It proves that PostgreSQL starts from the backup:\n" +
+			"\"pgthaw list\" says so.",
 		Flags:  append(imageFlags(), toggle("refresh", "bring the second image forward to the newest checkpoint; the primary is not touched")),
 		Action: bootImage,
 	}

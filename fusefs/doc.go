@@ -30,6 +30,7 @@
 //     what is written into an unwritten extent.
 //   - What the hydrator is writing around the page cache counts as a hole until all of it is written: who reads it reads the lower, who
 //     changes it waits. What fails is made holes again. See beside.go.
+//   - Filling leaves a file's modification time as it was, also for those who ask meanwhile. A daemon that is killed over it leaves a newer one.
 //   - Blocks given and not written (fiemap: unwritten) are no dependable holes. A power cut leaves some; they are made holes when
 //     a placeholder is first used.
 //   - A block is never data in part: what a write leaves of a block gets the lower's bytes first. An aligned write reads

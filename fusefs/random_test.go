@@ -398,6 +398,7 @@ func (m *model) leave() {
 
 // restart takes the mount off and makes it again, most often by a crash.
 func (m *model) restart() {
+	var killed time.Time
 	if m.rng.IntN(3) == 0 {
 		m.did("remount")
 		m.awaitHydration()
@@ -405,6 +406,7 @@ func (m *model) restart() {
 		m.unmount()
 	} else {
 		m.did("crash")
+		killed = time.Now()
 		m.v.crash()
 		for _, h := range m.handles {
 			h.f.Close() // ENOTCONN
@@ -413,7 +415,21 @@ func (m *model) restart() {
 		m.awaitHydration()
 	}
 	m.v.mount()
+	if !killed.IsZero() {
+		m.takeOverTimes(killed)
+	}
 	m.check()
+}
+
+// takeOverTimes knows that a daemon that is killed while it fills holes has not set the file's modification time back.
+func (m *model) takeOverTimes(killed time.Time) {
+	for name, file := range m.files {
+		st, err := os.Stat(m.path(name))
+		m.must(err)
+		if at := st.ModTime(); file.lower && !file.modified.IsZero() && at.After(killed.Add(-time.Minute)) && at.After(file.modified) {
+			file.modified = at
+		}
+	}
 }
 
 // unmount waits for the last handle's release, of which the kernel tells after close(2).

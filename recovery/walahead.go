@@ -198,7 +198,7 @@ func (a *walAhead) parseNext(ctx context.Context) bool {
 	a.parsed = n
 	spans, err := a.pages.of(f.content, n, a.size, func(b pg.BlockRef) (string, int64, bool) { return a.pageOf(ctx, b) })
 	if err == nil {
-		err = a.d.prefetch(ctx, a.b, spans, true)
+		err = a.d.prefetch(ctx, a.b, spans, false)
 	}
 	if err != nil {
 		a.d.log.Debug("pages that recovery wants are not read ahead", "wal", n.String(), "error", err)

@@ -184,3 +184,36 @@ func TestBesideUnaligned(t *testing.T) {
 	}
 	checkContent(t, reopen(t, f.name(), nil), fd, lower)
 }
+
+// TestBesideWholeWaits: a file is not taken for one with holes while it is being written beside.
+func TestBesideWholeWaits(t *testing.T) {
+	lower := random(rand.New(rand.NewPCG(1, 2)), aroundMost)
+	v, n, fd := aroundOf(t, lower)
+	defer v.rooms.close()
+	holes, err := n.file.holes(fd, span{0, aroundMost})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.file.beside.writing.RLock()
+	fills, err := n.file.beginFills(fd, holes, 1)
+	if err != nil || len(fills) != 1 {
+		t.Fatalf("%v, %v", fills, err)
+	}
+	began, ended := make(chan struct{}), make(chan error)
+	go func() {
+		close(began)
+		_, err := (&hydrator{turns: newTurns(v, pieceSize)}).whole(&filling{n: n, fd: fd, direct: -1})
+		ended <- err
+	}()
+	<-began
+	if _, err := pwriteFull(fd, lower, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.file.endFills(fd, fills, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.file.beside.writing.RUnlock()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}

@@ -64,10 +64,10 @@ func watchProcess(t *testing.T, pid int) (usage func() time.Duration) {
 	last := make(chan time.Duration, 1)
 	go func() {
 		var used time.Duration
-		for alive(pid) {
+		pollEvery(5*time.Millisecond, 10*time.Minute, func() bool {
 			used = max(used, statTimes(pid, 2))
-			time.Sleep(5 * time.Millisecond)
-		}
+			return !alive(pid)
+		})
 		last <- used
 	}()
 	return func() time.Duration { t.Helper(); return <-last }

@@ -155,7 +155,7 @@ func (k *imageMaker) checkpoint(ctx context.Context) (at pg.CheckpointRecord, wh
 // make makes one image: what recovery to a target leaves.
 func (k *imageMaker) make(ctx context.Context, kind repo.ImageKind, t Target) (image *repo.Manifest, err error) {
 	err = k.inScratch(ctx, func(s *scratch) error {
-		j, err := k.recover(ctx, s, t, k.fromBackup || kind == repo.ImagePromoted, true)
+		j, err := k.recover(ctx, s, t, kind)
 		if err != nil {
 			return fmt.Errorf("make a boot image of backup %s: %w", k.m.ID, err)
 		}
@@ -172,7 +172,7 @@ func (k *imageMaker) make(ctx context.Context, kind repo.ImageKind, t Target) (i
 // reads, which the start that made the image does not tell: recovery had brought most of it.
 func (k *imageMaker) rehearse(ctx context.Context) error {
 	return k.inScratch(ctx, func(s *scratch) error {
-		if _, err := k.recover(ctx, s, atBackupsEnd, false, false); err != nil {
+		if _, err := k.recover(ctx, s, atBackupsEnd, ""); err != nil {
 			return fmt.Errorf("start from the boot image that was made of backup %s: %w", k.m.ID, err)
 		}
 		return nil
@@ -195,12 +195,12 @@ func (k *imageMaker) inScratch(ctx context.Context, do func(*scratch) error) err
 	return do(s)
 }
 
-// recover thaws the backup, or the image that is nearer, has the server recover and waits until it has shut down. noImage and makes are
-// Options.NoBootImage and ThawOptions.MakesImage.
-func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, noImage, makes bool) (*job, error) {
+// recover thaws the backup, or the image that is nearer, has the server recover and waits until it has shut down. kind is that
+// of the image to be made of it, "" if none is.
+func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, kind repo.ImageKind) (*job, error) {
 	o := Options{
 		Cluster: k.m.Cluster, Backup: k.m.ID, Dir: s.data(), Target: t, TablespaceMapping: s.tablespaces(k.m),
-		Start: true, BinDir: k.o.BinDir, NoBootImage: noImage, Log: k.o.Log, Progress: k.o.Progress, sockets: s.sockets(),
+		Start: true, BinDir: k.o.BinDir, NoBootImage: k.fromBackup || kind == repo.ImagePromoted, Log: k.o.Log, Progress: k.o.Progress, sockets: s.sockets(),
 	}
 	var err error
 	if o.RestoreCommand, err = k.o.RestoreCommand(o.Dir); err != nil {
@@ -216,7 +216,7 @@ func (k *imageMaker) recover(ctx context.Context, s *scratch, t Target, noImage,
 	if err := s.makeSockets(j.owner); err != nil {
 		return nil, err
 	}
-	if err := j.lay(ctx, ThawOptions{Options: j.Options, Hydrate: "off", MakesImage: makes, KeyFiles: k.o.KeyFiles}); err != nil {
+	if err := j.lay(ctx, ThawOptions{Options: j.Options, Hydrate: "off", MakesImage: kind != "", KeyFiles: k.o.KeyFiles}); err != nil {
 		return nil, err
 	}
 	if err := k.o.SpawnDaemon(ctx, j.dir()); err != nil {

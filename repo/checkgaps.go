@@ -279,10 +279,8 @@ const archiverTime = 15 * time.Second
 func (w *clusterWAL) awaitArchiver(ctx context.Context) error {
 	for w.archiverBehind() {
 		w.c.progress("waiting for the archiver of "+w.cl.name, 0, 0)
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(time.Second):
+		if err := sleep(ctx, time.Second); err != nil {
+			return err
 		}
 		if _, err := w.listAgain(ctx); err != nil {
 			return err

@@ -29,8 +29,8 @@ const (
 )
 
 // Gather reads spans of any number of files in few large reads: what lies near each other in a pack comes at once, and so
-// do the directories and file maps on the way. The reads begin in the order of the spans. fn gets the bytes, verified, a chunk or less at a time, from several goroutines
-// at once; they are its own until it returns.
+// do the directories and file maps on the way. The reads begin in the order of the spans. fn gets the bytes, verified, a chunk or
+// less at a time, from several goroutines at once; they are its own until it returns.
 //
 // What is not a file, or behind a file's end, is left out, and so are zeros that lie nowhere. An error may come after part of the bytes.
 func (b *Backup) Gather(ctx context.Context, spans []Span, fn func(Span, []byte) error) error {

@@ -83,11 +83,18 @@ func (r *Repository) settleHold(ctx context.Context, h Hold) error {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("%w: process %d on %s, since %s", ErrPruning, prune.PID, prune.Host, prune.StartedAt.Format(time.RFC3339))
 		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(prunePatience / 50):
+		if err := sleep(ctx, prunePatience/50); err != nil {
+			return err
 		}
+	}
+}
+
+func sleep(ctx context.Context, pause time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(pause):
+		return nil
 	}
 }
 

@@ -7,10 +7,7 @@ import (
 	"maps"
 	"regexp"
 	"slices"
-	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"pgthaw/repo/pg"
 )
@@ -62,37 +59,18 @@ func (r *Repository) ImagesOf(ctx context.Context, m *Manifest) ([]*Manifest, er
 	return all[m.ID], err
 }
 
-// imagesAtOnce is how many manifests of images are read at once.
-const imagesAtOnce = 8
-
 func (r *Repository) images(ctx context.Context, prefix string) (map[string][]*Manifest, error) {
 	stored, err := r.storedBackups(ctx, prefix)
+	stored = slices.DeleteFunc(stored, func(b *storedBackup) bool { return !isImage(b.Backup) || !b.manifest || !b.deleted.IsZero() })
+	found, bad := readManifests(stored, func(b *storedBackup) (*Manifest, error) { return r.ImageManifest(ctx, b.Cluster, b.Backup) })
 	all := map[string][]*Manifest{}
-	bad := []error{err}
-	var mu sync.Mutex // guards both
-	var g errgroup.Group
-	g.SetLimit(imagesAtOnce)
-	for _, b := range stored {
-		if !isImage(b.Backup) || !b.manifest || !b.deleted.IsZero() {
-			continue
-		}
-		g.Go(func() error {
-			m, err := r.ImageManifest(ctx, b.Cluster, b.Backup)
-			mu.Lock()
-			defer mu.Unlock()
-			if err != nil {
-				bad = append(bad, err)
-			} else {
-				all[m.Image.Of] = append(all[m.Image.Of], m)
-			}
-			return nil
-		})
+	for _, m := range found {
+		all[m.Image.Of] = append(all[m.Image.Of], m)
 	}
-	_ = g.Wait() // they collect their errors themselves
 	for of := range maps.Values(all) {
 		slices.SortFunc(of, byReach)
 	}
-	return all, errors.Join(bad...)
+	return all, errors.Join(err, bad)
 }
 
 // byReach orders images of one backup.

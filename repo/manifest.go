@@ -126,11 +126,16 @@ func (r *Repository) Backups(ctx context.Context, cluster string) ([]*Manifest, 
 	if err != nil {
 		return nil, err
 	}
-	all, bad := make([]*Manifest, len(ids)), make([]error, len(ids))
+	return readManifests(ids, func(id string) (*Manifest, error) { return r.readManifest(ctx, cluster, id) })
+}
+
+// readManifests reads many at once, in their order. Those that cannot be read are left out, and the error says why.
+func readManifests[T any](of []T, read func(T) (*Manifest, error)) ([]*Manifest, error) {
+	all, bad := make([]*Manifest, len(of)), make([]error, len(of))
 	var g errgroup.Group
 	g.SetLimit(atOnce)
-	for i, id := range ids {
-		g.Go(func() error { all[i], bad[i] = r.readManifest(ctx, cluster, id); return nil })
+	for i, one := range of {
+		g.Go(func() error { all[i], bad[i] = read(one); return nil })
 	}
 	_ = g.Wait() // the errors are in bad
 	return slices.DeleteFunc(all, func(m *Manifest) bool { return m == nil }), errors.Join(bad...)

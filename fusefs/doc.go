@@ -52,5 +52,8 @@
 // lowerMu is held while the repository is read, by those who want the same lower file.
 //
 // What is not promised: extended attributes, O_TMPFILE, FALLOC_FL_PUNCH_HOLE and its like on placeholders, SEEK_HOLE
-// (all is data), a shared mapping (ENODEV) by a handle of a placeholder that has become whole while others had it open. syncfs(2) on the mount does not reach us; OverlayOptions.SyncBefore stands in for PostgreSQL's use of it.
+// (all is data), a shared mapping (ENODEV) by a handle of a placeholder that has become whole while others had it open.
+// copy_file_range(2) from a handle that is older than its branch's leaving sees no more than was there then: the kernel looks at the
+// length that it remembers of the mount's inode. read(2), fstat(2) and lseek(2) do not. syncfs(2) on the mount does not reach us;
+// OverlayOptions.SyncBefore stands in for PostgreSQL's use of it.
 package fusefs

@@ -352,7 +352,13 @@ func TestModes(t *testing.T) {
 	h.remove(cached, nil, &b)
 	h.remove(cached, nil, &b)
 	open(nil, opened{cached, fuse.FOPEN_KEEP_CACHE, 0})
+	open(allow, opened{direct + 1, fuse.FOPEN_DIRECT_IO, 0})
 	h.remove(cached, nil, &b)
+	open(allow, opened{direct + 2, fuse.FOPEN_DIRECT_IO, 0}) // the kernel may not have come to know the other's mode
+	h.use(direct + 1)
+	open(allow, opened{direct + 3, fuse.FOPEN_DIRECT_IO, 0})
+	h.use(direct + 2)
+	h.remove(direct+3, nil, &b)
 	open(allow, opened{through, fuse.FOPEN_PASSTHROUGH, 7})
 	open(nil, opened{through, fuse.FOPEN_PASSTHROUGH, 7}) // another mode beside it would be EIO
 }

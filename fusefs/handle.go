@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How an open handle is served. It is the handle's number for the kernel, which gives it back at RELEASE.
+// How an open handle is served. It is the handle's number for the kernel, which gives it back with each request; those from direct on
+// are direct, each with a number of its own.
 const (
 	cached  = 1 // READ and WRITE come to us; the kernel's page cache of our inode holds what was read
 	through = 2 // passthrough: the kernel reads and writes the backing file
@@ -21,7 +22,8 @@ const (
 //
 // The kernel answers EIO to an open that mixes cached and passthrough handles on one inode, or that comes with direct I/O
 // beside passthrough, so the mode is decided here, under mu, and a handle counts from then until its RELEASE. The kernel
-// leaves its own mode before it sends RELEASE, so ours is never the laxer count.
+// leaves its own mode before it sends RELEASE, so ours is never the laxer count. It looks at a handle's mode some time after our
+// answer: a direct one, beside which passthrough is fine once it is open, may not be open yet until somebody uses it.
 type handles struct {
 	fd atomic.Int32 // the backing descriptor, O_RDWR where permissions allow; valid while users > 0
 
@@ -34,6 +36,10 @@ type handles struct {
 	through int        // handles
 	backing int32      // the kernel's id of fd, while through > 0
 	stale   bool       // other handles may have changed what the kernel's page cache of our inode holds
+
+	opening map[uint64]struct{} // direct handles that nobody has used
+	unused  atomic.Int32        // how many
+	next    uint64              // that many direct handles there were
 }
 
 // acquire returns the backing descriptor, and keeps it open until release.
@@ -113,19 +119,20 @@ func (h *handles) closeBacking() {
 // add decides how a new handle of an acquired file is served. register gives the kernel the backing descriptor and
 // returns its id; nil: it cannot have one more. b is the branch that the file lies in.
 //
-// A file that could be passthrough but for a cached handle is opened for direct I/O: else sessions that come and go would
+// A file that could be passthrough but for other handles is opened for direct I/O: else sessions that come and go would
 // hand the cached mode on to each other for ever, and the branch would never leave.
 func (h *handles) add(register func(fd int) (int32, bool), b *branch) fuse.OpenOut {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.through > 0 || register != nil && h.cached == 0 && h.passOn(register) {
+	busy := h.cached > 0 || len(h.opening) > 0
+	switch {
+	case h.through > 0 || register != nil && !busy && h.passOn(register):
 		h.through++
 		h.stale = true
 		return fuse.OpenOut{Fh: through, OpenFlags: fuse.FOPEN_PASSTHROUGH, BackingID: h.backing}
-	}
-	if register != nil && h.cached > 0 || !b.cache() {
+	case register != nil && busy || !b.cache():
 		h.stale = true
-		return fuse.OpenOut{Fh: direct, OpenFlags: fuse.FOPEN_DIRECT_IO}
+		return fuse.OpenOut{Fh: h.addDirect(), OpenFlags: fuse.FOPEN_DIRECT_IO}
 	}
 	h.cached++
 	out := fuse.OpenOut{Fh: cached, OpenFlags: fuse.FOPEN_KEEP_CACHE}
@@ -133,6 +140,33 @@ func (h *handles) add(register func(fd int) (int32, bool), b *branch) fuse.OpenO
 		h.stale, out.OpenFlags = false, 0
 	}
 	return out
+}
+
+// addDirect gives a new direct handle its number. Caller holds mu.
+func (h *handles) addDirect() uint64 {
+	fh := direct + h.next
+	h.next++
+	if h.opening == nil {
+		h.opening = map[uint64]struct{}{}
+	}
+	h.opening[fh] = struct{}{}
+	h.unused.Store(int32(len(h.opening)))
+	return fh
+}
+
+// use is called with the handle that a request came by: the kernel has opened it.
+func (h *handles) use(fh uint64) {
+	if fh >= direct && h.unused.Load() > 0 {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.opened(fh)
+	}
+}
+
+// opened takes a direct handle from those that may not be open yet. Caller holds mu.
+func (h *handles) opened(fh uint64) {
+	delete(h.opening, fh)
+	h.unused.Store(int32(len(h.opening)))
 }
 
 // passOn makes the backing descriptor known to the kernel. Caller holds mu.
@@ -143,10 +177,10 @@ func (h *handles) passOn(register func(fd int) (int32, bool)) bool {
 }
 
 // remove takes a handle away. unregister undoes register.
-func (h *handles) remove(mode uint64, unregister func(id int32), b *branch) {
+func (h *handles) remove(fh uint64, unregister func(id int32), b *branch) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	switch mode {
+	switch fh {
 	case cached:
 		h.cached--
 		b.uncache()
@@ -154,6 +188,8 @@ func (h *handles) remove(mode uint64, unregister func(id int32), b *branch) {
 		if h.through--; h.through == 0 {
 			unregister(h.backing)
 		}
+	default:
+		h.opened(fh)
 	}
 }
 

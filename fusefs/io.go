@@ -123,6 +123,7 @@ func (v *Overlay) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Rea
 	if n == nil || n.file == nil {
 		return nil, fuse.EBADF
 	}
+	n.file.open.use(in.Fh)
 	var k *kept
 	fd, off := n.file.open.descriptor(), int64(in.Offset)
 	count, err := n.file.read(fd, buf, off, func(holes []span) (err error) {
@@ -146,11 +147,12 @@ func (v *Overlay) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint3
 	if n == nil || n.file == nil {
 		return 0, fuse.EBADF
 	}
+	n.file.open.use(in.Fh)
 	count, err := n.file.writeAt(n.file.open.descriptor(), data, int64(in.Offset))
 	if err != nil && count == 0 {
 		return 0, v.faults.status("write", n.key.ino, err)
 	}
-	if in.Fh == direct && count > 0 && n.file.open.isCached() {
+	if in.Fh >= direct && count > 0 && n.file.open.isCached() {
 		// Read-ahead for a cached handle may have taken up what was there before.
 		if s := v.server.InodeNotify(n.id, int64(in.Offset), int64(count)); !s.Ok() {
 			return 0, v.faults.eio("write beside a cached handle", n.key.ino, unix.Errno(s))

@@ -198,6 +198,9 @@ func (m *model) copy() {
 		return
 	}
 	m.must(err)
+	if n == 0 && m.v.o.Leave != Never { // the kernel knows no more of a file that has left, see the package's comment
+		return
+	}
 	m.did("copy")
 	to.file.write(from.file.part(at, n), start)
 }

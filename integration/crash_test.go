@@ -211,7 +211,7 @@ func (k *life) resume() {
 func (k *life) recover(victim string) {
 	k.t.Helper()
 	if victim == "backend" { // the postmaster ends all the others, and starts them again
-		waitFor(k.t, startLimit, "the crash of a backend", func() bool { return k.logged(beginsAnew) > k.crashes })
+		k.awaitCrash()
 		k.awaitRecovery()
 		return
 	}

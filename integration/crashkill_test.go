@@ -121,12 +121,28 @@ func (k *life) kill(victim string, s *session) {
 			_ = syscall.Kill(server, syscall.SIGKILL)
 		}
 	case "backend":
-		pid := int(s.conn.PID())
 		if all := childrenOf(server); len(all) > 0 && k.r.IntN(3) == 0 {
-			pid = all[k.r.IntN(len(all))]
+			_ = syscall.Kill(all[k.r.IntN(len(all))], syscall.SIGKILL)
+		} else {
+			_ = syscall.Kill(int(s.conn.PID()), syscall.SIGKILL)
 		}
-		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
+}
+
+// awaitCrash returns when the postmaster has taken note of a backend's death. Who was to be killed may have ended by itself in that very
+// moment: then others are.
+func (k *life) awaitCrash() {
+	k.t.Helper()
+	const notice = 5 * time.Second
+	waitFor(k.t, startLimit, "the crash of a backend", func() bool {
+		if poll(notice, func() bool { return k.logged(beginsAnew) > k.crashes }) {
+			return true
+		}
+		for _, pid := range childrenOf(k.serverPID()) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		return false
+	})
 }
 
 // serverPID is the postmaster's. A dead mount hides its file, but not from beneath.

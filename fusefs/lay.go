@@ -3,6 +3,7 @@ package fusefs
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"path"
@@ -56,6 +57,7 @@ func Lay(ctx context.Context, b *repo.Backup, root, dir string, o LayOptions) (L
 		return LayResult{}, fmt.Errorf("lay %s: %w", dir, err)
 	}
 	l := layer{b: b, o: o, root: root, top: fd}
+	defer l.scatter()()
 	l.g, l.ctx = errgroup.WithContext(ctx)
 	l.g.SetLimit(max(2, runtime.NumCPU()))
 	l.g.Go(func() error { return l.dir(fd, root, top) })
@@ -76,6 +78,8 @@ type layer struct {
 	g    *errgroup.Group
 	root string // in the backup
 	top  int    // the directory that root is laid in
+
+	scatters bool // large directories come to lie far from others
 
 	files, lower atomic.Int64
 }
@@ -155,7 +159,7 @@ func (l *layer) entry(wg *sync.WaitGroup, fd int, name string, e repo.Entry) err
 }
 
 func (l *layer) mkdir(wg *sync.WaitGroup, parent int, name string, e repo.Entry) error {
-	if err := unix.Mkdirat(parent, e.Name, 0o700); err != nil {
+	if err := l.makeDir(parent, name, e.Name); err != nil {
 		return err
 	}
 	fd, err := unix.Openat(parent, e.Name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -172,6 +176,41 @@ func (l *layer) mkdir(wg *sync.WaitGroup, parent int, name string, e repo.Entry)
 		defer unix.Close(fd)
 		return l.dir(fd, name, e)
 	})
+}
+
+// crowd is how many entries make a directory large: what they cost is worth a rename.
+const crowd = 64
+
+// makeDir makes the backup's directory name, in parent as at. One that is large is made in top, where the file system chooses a place
+// for it by its name.
+func (l *layer) makeDir(parent int, name, at string) error {
+	list, err := l.b.ReadDir(l.ctx, name)
+	if err != nil {
+		return err
+	}
+	if !l.scatters || list.Len() < crowd {
+		return unix.Mkdirat(parent, at, 0o700)
+	}
+	made := rand.Text()
+	if err := unix.Mkdirat(l.top, made, 0o700); err != nil {
+		return err
+	}
+	return unix.Renameat(l.top, made, parent, at)
+}
+
+// topDir is EXT4_TOPDIR_FL, chattr(1)'s T: directories that are made here have nothing to do with each other.
+const topDir = 0x20000
+
+// scatter has ext4 put large directories into block groups of their own, until the returned function is called. In a group where many
+// files were removed within a minute, an ext4 without a journal looks at each of them before it makes one: to lay a thousand files took
+// 0.3 to 0.5 s instead of 0.03 (recently_deleted in fs/ext4/ialloc.c). Other file systems refuse.
+func (l *layer) scatter() (end func()) {
+	flags, err := unix.IoctlGetUint32(l.top, unix.FS_IOC_GETFLAGS)
+	if err != nil || flags&topDir != 0 || unix.IoctlSetPointerInt(l.top, unix.FS_IOC_SETFLAGS, int(flags|topDir)) != nil {
+		return func() {}
+	}
+	l.scatters = true
+	return func() { _ = unix.IoctlSetPointerInt(l.top, unix.FS_IOC_SETFLAGS, int(flags)) }
 }
 
 func (l *layer) symlink(parent int, name string, e repo.Entry) error {

@@ -92,17 +92,18 @@ func (p *benchPair) look() (n native) {
 }
 
 func (p *benchPair) transactions(state string, selectOnly, tpcB float64) {
-	p.inTurns(state+", select-only", selectOnly, func(c *cluster) float64 { return p.b.tps(c, 5, "--select-only") })
-	p.inTurns(state+", TPC-B", tpcB, func(c *cluster) float64 { return p.b.tps(c, 5) })
+	p.inTurns(state+", select-only", selectOnly, func(c *cluster) float64 { return p.b.tps(c, 3, "--select-only") })
+	p.inTurns(state+", TPC-B", tpcB, func(c *cluster) float64 { return p.b.tps(c, 3) })
 }
 
-// inTurns compares how fast both servers are, by the medians of some turns; each begins with the other. A turn before does not count.
+// inTurns compares how fast both servers are, by the medians of some turns; each begins with the other, and they are short, for the
+// machine's pace changes within a minute. A turn before does not count.
 // What a transaction, or another unit, takes of the processors is compared, too: on a machine with a load that is the surer figure.
 func (p *benchPair) inTurns(what string, bar float64, speed func(*cluster) float64) {
 	p.b.t.Helper()
 	daemon := overlayStatus(p.b.t, invocation{}, p.thawed.data).PID
 	both, rates, costs := []*cluster{p.native, p.thawed}, map[*cluster][]float64{}, map[*cluster][]float64{}
-	for range 6 {
+	for range 10 {
 		for _, c := range both {
 			c.SQL("CHECKPOINT")
 			began, before := time.Now(), p.processorTime(c, daemon)

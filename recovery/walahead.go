@@ -144,6 +144,30 @@ func (a *walAhead) run(ctx context.Context) {
 	}
 }
 
+// firstSegments is how many are read before recovery asks for any: while PostgreSQL starts there is time for so many.
+const firstSegments = 2
+
+// begin reads the segments that recovery begins with.
+func (a *walAhead) begin(ctx context.Context) {
+	m := a.b.Manifest
+	redo, tli := m.StartLSN, m.Timeline
+	if i := m.Image; i != nil {
+		redo, tli = i.Redo, i.Timeline
+		if i.Kind == repo.ImagePromoted {
+			return
+		}
+	}
+	n, err := pg.ParseWALName(pg.SegmentName(tli, a.size.Segment(redo), a.size))
+	if err != nil {
+		return
+	}
+	var reading sync.WaitGroup
+	for i := range int64(firstSegments) {
+		a.readOne(ctx, a.after(n, i), &reading)
+	}
+	reading.Wait()
+}
+
 // release forgets all WAL.
 func (a *walAhead) release() {
 	a.mu.Lock()
@@ -158,18 +182,21 @@ func (a *walAhead) readAhead(ctx context.Context, reading *sync.WaitGroup) {
 	asked := a.asked
 	a.mu.Unlock()
 	for i := range a.window() {
-		n := a.after(asked, i+1)
-		f, mine := a.claim(n)
-		if !mine {
-			continue
-		}
-		reading.Go(func() {
-			f.read(func() ([]byte, error) { return a.d.repo.WAL(ctx, a.d.record.Cluster, n) })
-			if f.err != nil {
-				a.forget(n, f)
-			}
-		})
+		a.readOne(ctx, a.after(asked, i+1), reading)
 	}
+}
+
+func (a *walAhead) readOne(ctx context.Context, n pg.WALName, reading *sync.WaitGroup) {
+	f, mine := a.claim(n)
+	if !mine {
+		return
+	}
+	reading.Go(func() {
+		f.read(func() ([]byte, error) { return a.d.repo.WAL(ctx, a.d.record.Cluster, n) })
+		if f.err != nil {
+			a.forget(n, f)
+		}
+	})
 }
 
 // forget lets who asks for a segment that could not be read try for himself.

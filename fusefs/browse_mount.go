@@ -56,7 +56,7 @@ func mountBrowser(ctx context.Context, dir string, root fs.InodeEmbedder, b *bro
 	}
 	m := &Mount{dir: abs, served: served, done: make(chan struct{})}
 	var running sync.WaitGroup
-	running.Go(func() { b.trimmer.run(ctx, served) })
+	running.Go(func() { b.trimmer.run(ctx, abs, served) })
 	running.Go(func() { m.err = m.run(ctx) })
 	go func() { running.Wait(); b.ahead.Close(); close(m.done) }()
 	return m, nil

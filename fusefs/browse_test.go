@@ -460,6 +460,47 @@ func TestBrowseForgets(t *testing.T) {
 	expectQuiet(t, c)
 }
 
+// TestBrowseForgetsDirectories does so with directories that are forgotten as a whole. Somebody who works in one keeps the name of
+// where he is.
+func TestBrowseForgetsDirectories(t *testing.T) {
+	r, repository := newRepository(t)
+	tree := lowerTree{}
+	for _, name := range []string{"pgdata", "pgdata/base", "pgdata/base/1", "pgdata/base/2", "pgdata/base/3"} {
+		tree.dir(name, 0o755)
+	}
+	for i := range 3 * large {
+		tree.file(fmt.Sprintf("pgdata/base/%d/%d", 1+i%3, i), 0o644, fmt.Appendf(nil, "%d", i))
+	}
+	m := backUp(t, r, tree)
+	dir, c := browseWith(t, repository, large*3/2)
+	base := filepath.Join(dir, "main", m.ID, "pgdata/base")
+	walk := func(name string) { checkTree(t, filepath.Join(base, name), tree.under("pgdata/base/"+name)) }
+	walk("1")
+	who := exec.Command("cat") // which ends with its input
+	who.Dir = filepath.Join(base, "1")
+	in, err := who.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := who.Start(); err != nil {
+		t.Fatal(err)
+	}
+	walk("2") // in the midst of which all is forgotten
+	walk("3")
+	if at, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", who.Process.Pid)); err != nil || at != who.Dir {
+		t.Errorf("who works in %s is in %s, %v", who.Dir, at, err)
+	}
+	if err := errors.Join(in.Close(), who.Wait()); err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for range 3 {
+		all.Go(func() { checkTree(t, base, tree.under("pgdata/base")) })
+	}
+	all.Wait()
+	expectQuiet(t, c)
+}
+
 func inode(t *testing.T, name string) uint64 {
 	t.Helper()
 	info, err := os.Lstat(name)

@@ -468,11 +468,11 @@ func TestBrowseForgetsDirectories(t *testing.T) {
 	for _, name := range []string{"pgdata", "pgdata/base", "pgdata/base/1", "pgdata/base/2", "pgdata/base/3"} {
 		tree.dir(name, 0o755)
 	}
-	for i := range 3 * large {
+	for i := range 3 * trimLeast {
 		tree.file(fmt.Sprintf("pgdata/base/%d/%d", 1+i%3, i), 0o644, fmt.Appendf(nil, "%d", i))
 	}
 	m := backUp(t, r, tree)
-	dir, c := browseWith(t, repository, large*3/2)
+	dir, c := browseWith(t, repository, trimLeast*3/2)
 	base := filepath.Join(dir, "main", m.ID, "pgdata/base")
 	walk := func(name string) { checkTree(t, filepath.Join(base, name), tree.under("pgdata/base/"+name)) }
 	walk("1")

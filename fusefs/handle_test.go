@@ -1,11 +1,11 @@
 package fusefs
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +20,7 @@ func TestOpensWhileFileBecomesWhole(t *testing.T) {
 	content := make([]byte, size)
 	for i := range files {
 		content[0] = byte(i)
-		tree.file(fmt.Sprintf("pgdata/%d", i), 0o600, append([]byte(nil), content...))
+		tree.file(fmt.Sprintf("pgdata/%d", i), 0o600, bytes.Clone(content))
 	}
 	v := thaw(t, tree, OverlayOptions{Passthrough: true, FillOnRead: true})
 	buf := make([]byte, size)
@@ -33,12 +33,13 @@ func TestOpensWhileFileBecomesWhole(t *testing.T) {
 		if _, err := f.ReadAt(buf, 0); err != nil {
 			t.Fatal(err)
 		}
-		var opened atomic.Int64
 		var others sync.WaitGroup
+		tried := make(chan struct{}, openers*attempts)
 		for range openers {
-			others.Go(func() { openAgain(t, name, &opened) })
+			others.Go(func() { openAgain(t, name, tried) })
 		}
-		for opened.Load() < openers {
+		for range openers {
+			<-tried
 		}
 		f.Close()
 		others.Wait()
@@ -46,15 +47,17 @@ func TestOpensWhileFileBecomesWhole(t *testing.T) {
 	expectQuiet(t, v.c)
 }
 
-// openAgain opens and closes a file some times, without a look at it.
-func openAgain(t *testing.T, name string, opened *atomic.Int64) {
-	for range 25 {
+const attempts = 25
+
+// openAgain opens and closes a file that often, without a look at it.
+func openAgain(t *testing.T, name string, tried chan<- struct{}) {
+	for range attempts {
 		fd, err := unix.Open(name, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		tried <- struct{}{}
 		if err != nil {
 			t.Errorf("open %s: %v", name, err)
 			return
 		}
-		opened.Add(1)
 		unix.Close(fd)
 	}
 }

@@ -60,7 +60,13 @@ func Lay(ctx context.Context, b *repo.Backup, root, dir string, o LayOptions) (L
 	defer l.scatter()()
 	l.g, l.ctx = errgroup.WithContext(ctx)
 	l.g.SetLimit(max(2, runtime.NumCPU()))
-	l.g.Go(func() error { return l.dir(fd, root, top) })
+	l.g.Go(func() error {
+		list, err := b.ReadDir(l.ctx, root)
+		if err != nil {
+			return err
+		}
+		return l.dir(fd, root, top, list)
+	})
 	if err := l.g.Wait(); err != nil {
 		return LayResult{}, fmt.Errorf("lay %s: %w", dir, err)
 	}
@@ -97,15 +103,11 @@ func (l *layer) spread(wg *sync.WaitGroup, fn func() error) error {
 	return fn()
 }
 
-// dir makes what the backup's directory name holds in the directory fd, and then gives fd the attributes of e, for
-// making entries changes a directory's times.
-func (l *layer) dir(fd int, name string, e repo.Entry) error {
-	list, err := l.b.ReadDir(l.ctx, name)
-	if err != nil {
-		return err
-	}
+// dir makes what the backup's directory name holds, which is list, in the directory fd, and then gives fd the attributes of e,
+// for making entries changes a directory's times.
+func (l *layer) dir(fd int, name string, e repo.Entry, list *repo.Listing) error {
 	var wg sync.WaitGroup
-	err = l.entries(&wg, fd, name, list)
+	err := l.entries(&wg, fd, name, list)
 	wg.Wait()
 	if err != nil {
 		return err
@@ -159,7 +161,11 @@ func (l *layer) entry(wg *sync.WaitGroup, fd int, name string, e repo.Entry) err
 }
 
 func (l *layer) mkdir(wg *sync.WaitGroup, parent int, name string, e repo.Entry) error {
-	if err := l.makeDir(parent, name, e.Name); err != nil {
+	list, err := l.b.ReadDir(l.ctx, name)
+	if err != nil {
+		return err
+	}
+	if err := l.makeDir(parent, e.Name, list.Len()); err != nil {
 		return err
 	}
 	fd, err := unix.Openat(parent, e.Name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -174,21 +180,17 @@ func (l *layer) mkdir(wg *sync.WaitGroup, parent int, name string, e repo.Entry)
 	}
 	return l.spread(wg, func() error {
 		defer unix.Close(fd)
-		return l.dir(fd, name, e)
+		return l.dir(fd, name, e, list)
 	})
 }
 
-// crowd is how many entries make a directory large: what they cost is worth a rename.
-const crowd = 64
+// scatterLeast is how many entries make a directory large: what they cost is worth a rename.
+const scatterLeast = 64
 
-// makeDir makes the backup's directory name, in parent as at. One that is large is made in top, where the file system chooses a place
-// for it by its name.
-func (l *layer) makeDir(parent int, name, at string) error {
-	list, err := l.b.ReadDir(l.ctx, name)
-	if err != nil {
-		return err
-	}
-	if !l.scatters || list.Len() < crowd {
+// makeDir makes a directory for so many entries. One that is large is made in top, where the file system chooses a place for it
+// by its name.
+func (l *layer) makeDir(parent int, at string, entries int) error {
+	if !l.scatters || entries < scatterLeast {
 		return unix.Mkdirat(parent, at, 0o700)
 	}
 	made := rand.Text()

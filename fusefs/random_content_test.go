@@ -198,11 +198,19 @@ func (m *model) copy() {
 		return
 	}
 	m.must(err)
-	if n == 0 && m.v.o.Leave != Never { // the kernel knows no more of a file that has left, see the package's comment
+	if n == 0 && m.outlived(from) { // the kernel knows no more of a file that has left, see the package's comment
 		return
 	}
 	m.did("copy")
 	to.file.write(from.file.part(at, n), start)
+}
+
+// outlived tells whether a handle is of the mount, while the branch is not any more.
+func (m *model) outlived(h modelHandle) bool {
+	var file, branch unix.Stat_t
+	m.must(unix.Fstat(int(h.f.Fd()), &file))
+	m.must(unix.Stat(m.path("d"), &branch))
+	return file.Dev != branch.Dev
 }
 
 func (m *model) truncate() {

@@ -220,7 +220,7 @@ func (b *backup) addWAL(timeline pg.Timeline) error {
 	}
 	size := b.server.segmentSize
 	for segno := b.wal.first; segno <= b.wal.last; segno++ {
-		name := segmentName(timeline, segno, size)
+		name := pg.SegmentName(timeline, segno, size)
 		if segno == b.wal.last && b.wal.partial != nil {
 			return b.tree.add(walDir+"/"+name.String(), b.wal.partial)
 		}
@@ -262,8 +262,8 @@ func (b *backup) describe(base *baseBackup) repo.Manifest {
 		StopLSN:          b.stop.lsn,
 		StartedAt:        b.wal.startedAt,
 		StoppedAt:        b.wal.stoppedAt,
-		WALFirst:         pg.SegmentName(base.start.timeline, b.wal.first, s.segmentSize),
-		WALLast:          pg.SegmentName(base.start.timeline, b.wal.last, s.segmentSize),
+		WALFirst:         pg.SegmentName(base.start.timeline, b.wal.first, s.segmentSize).String(),
+		WALLast:          pg.SegmentName(base.start.timeline, b.wal.last, s.segmentSize).String(),
 		DataDirectory:    s.settings["data_directory"],
 		ConfigFile:       s.settings["config_file"],
 		HBAFile:          s.settings["hba_file"],

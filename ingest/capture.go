@@ -150,7 +150,7 @@ func (c *capture) finish(ctx context.Context, w *capturedWAL) error {
 // lastCommit is the newest commit that the last segment tells of. Its time is the primary's, whose clock may be ahead
 // of the standby's.
 func (c *capture) lastCommit(ctx context.Context, w *capturedWAL) (time.Time, error) {
-	name := segmentName(c.timeline, w.last, c.wal.size)
+	name := pg.SegmentName(c.timeline, w.last, c.wal.size)
 	if w.partial != nil {
 		summary, err := pg.ScanWAL(w.partial, name, c.wal.size)
 		return summary.LastCommit, err

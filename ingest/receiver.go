@@ -105,7 +105,7 @@ func (r *receiver) message(ctx context.Context, data []byte) error {
 func (r *receiver) put(ctx context.Context, segno uint64, content []byte) error {
 	done := make(chan error, 1)
 	go func() {
-		done <- r.repo.PutWAL(ctx, r.cluster, segmentName(r.timeline, segno, r.wal.size), content)
+		done <- r.repo.PutWAL(ctx, r.cluster, pg.SegmentName(r.timeline, segno, r.wal.size), content)
 	}()
 	timer := time.NewTicker(r.replyEvery)
 	defer timer.Stop()
@@ -174,15 +174,6 @@ func statusUpdate(written, flushed pg.LSN, now time.Time) []byte {
 	b = binary.BigEndian.AppendUint64(b, 0) // applied
 	b = binary.BigEndian.AppendUint64(b, uint64(now.Sub(postgresEpoch).Microseconds()))
 	return append(b, 0) // no reply wanted
-}
-
-// segmentName is the WALName of a segment.
-func segmentName(timeline pg.Timeline, segno uint64, size pg.SegmentSize) pg.WALName {
-	name, err := pg.ParseWALName(pg.SegmentName(timeline, segno, size))
-	if err != nil {
-		panic(err) // timeline 0, which no server has
-	}
-	return name
 }
 
 // putHistory puts a timeline's history file.

@@ -183,7 +183,7 @@ func (st *stream) endTimeline(ctx context.Context, rec *receiver, size pg.Segmen
 		return next, err
 	}
 	if segno, content, ok := rec.wal.partial(); ok {
-		name := segmentName(rec.timeline, segno, size)
+		name := pg.SegmentName(rec.timeline, segno, size)
 		name.Kind = pg.WALPartial
 		err = putWAL(ctx, st.repo, st.o.Cluster, name, content)
 	}

@@ -202,7 +202,7 @@ func TestResume(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			var names []pg.WALName
 			for _, p := range c.have {
-				names = append(names, segmentName(p.timeline, p.segno, 1<<20))
+				names = append(names, pg.SegmentName(p.timeline, p.segno, 1<<20))
 			}
 			got, early := c.course.resume(c.slot, newArchived(names, 1<<20), c.slotOnly)
 			if got != c.want || early != c.early {

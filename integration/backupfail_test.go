@@ -109,8 +109,7 @@ func (a archived) checkUnchanged(t *testing.T, before map[string]int64) {
 func TestBackupDisk(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, postgresql(t, 15), clusterOptions{conf: []string{"fsync = off"}})
-	dir := tempDir(t)
-	ownedByPostgres(t, dir) // what is below the mount could be written to
+	dir := postgresDir(t) // what is below the mount could be written to
 	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=48m,mode=755"); err != nil {
 		t.Fatal(err)
 	}

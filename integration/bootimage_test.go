@@ -158,8 +158,7 @@ func (a archived) testListed(t *testing.T, b listed, images []imageJSON) {
 func TestBootImageWithoutArchive(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, postgresql(t, 17), clusterOptions{})
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	a := archived{c, filepath.Join(dir, "repo")}
 	a.pgthaw(t, "repo", "init").ok(t)
 	c.SQL("CREATE TABLE seen AS SELECT 'before' AS x")

@@ -57,8 +57,7 @@ type cluster struct {
 // newCluster makes a cluster and starts it, listening on localhost and on a socket in its own directory.
 func newCluster(t *testing.T, p installation, o clusterOptions) *cluster {
 	t.Helper()
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	c := &cluster{installation: p, t: t, dir: dir, data: filepath.Join(dir, "data")}
 	p.run(t, "initdb", c.initdbArgs(o)...)
 	c.configure(o)
@@ -81,8 +80,7 @@ func adopt(t *testing.T, p installation, data string, args ...string) *cluster {
 // directory may be anywhere: connections go to localhost.
 func attach(t *testing.T, p installation, data string, port int, args ...string) *cluster {
 	t.Helper()
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	c := &cluster{installation: p, t: t, dir: dir, data: data, port: port, args: args}
 	c.cleanUp()
 	if port != 0 && c.pid() == 0 {

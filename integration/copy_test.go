@@ -57,8 +57,7 @@ type destination struct{ dir, key string }
 
 func newDestination(t *testing.T) destination {
 	t.Helper()
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	d := destination{filepath.Join(dir, "repo"), filepath.Join(dir, "key")}
 	asPostgres.run(t, "repo", "init", d.dir, "--key-file", d.key).ok(t)
 	return d

@@ -121,11 +121,11 @@ func (k *life) kill(victim string, s *session) {
 			_ = syscall.Kill(server, syscall.SIGKILL)
 		}
 	case "backend":
+		pid := int(s.conn.PID())
 		if all := childrenOf(server); len(all) > 0 && k.r.IntN(3) == 0 {
-			_ = syscall.Kill(all[k.r.IntN(len(all))], syscall.SIGKILL)
-		} else {
-			_ = syscall.Kill(int(s.conn.PID()), syscall.SIGKILL)
+			pid = all[k.r.IntN(len(all))]
 		}
+		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
 }
 

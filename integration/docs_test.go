@@ -69,8 +69,7 @@ func runPage(t *testing.T, page string, table []documented) {
 		t.Fatalf("docs/%s has the command lines\n%s\nbut the test runs\n%s", page, strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 	c := newCluster(t, postgresql(t, 15), clusterOptions{pgbenchScale: 1})
-	home := tempDir(t)
-	ownedByPostgres(t, home)
+	home := postgresDir(t)
 	t.Cleanup(func() { // a step that failed may leave its mount
 		for _, point := range mountsBelow(home) {
 			unmount(point)

@@ -147,8 +147,7 @@ func (e encrypted) testForeignKey(t *testing.T, key string) {
 // testRecoverySheet has a new host, which has the repository and the sheet, follow what the sheet says.
 func (e encrypted) testRecoverySheet(t *testing.T) {
 	sheet := e.pgthaw(t, "repo", "key", "export").ok(t).stdout
-	home := tempDir(t)
-	ownedByPostgres(t, home)
+	home := postgresDir(t)
 	var key, commands []string
 	for line := range strings.Lines(sheet) {
 		line, indented := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "    ")

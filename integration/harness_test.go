@@ -129,8 +129,7 @@ func TestHarnessRecovery(t *testing.T) {
 	t.Parallel()
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
-			dir := tempDir(t)
-			ownedByPostgres(t, dir)
+			dir := postgresDir(t)
 			archive := "archive_command=cp \"%p\" " + dir + "/%f"
 			c := adopt(t, p, newStoppedCluster(t, p), "-c", "archive_mode=on", "-c", archive)
 			c.basebackup(dir)

@@ -75,8 +75,7 @@ func awaitNoDaemon(t *testing.T, data string) {
 // newTarget is a path for a data directory that its user may make.
 func newTarget(t *testing.T) string {
 	t.Helper()
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	return filepath.Join(dir, "data")
 }
 

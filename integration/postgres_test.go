@@ -123,6 +123,14 @@ func ownedByPostgres(t *testing.T, path string) {
 	}
 }
 
+// postgresDir is a temporary directory of user postgres.
+func postgresDir(t *testing.T) string {
+	t.Helper()
+	dir := tempDir(t)
+	ownedByPostgres(t, dir)
+	return dir
+}
+
 // environment is that of every program tests run: no PG* or PGTHAW_* of whoever runs them.
 func environment(more ...string) []string {
 	return append([]string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C.UTF-8", "TZ=UTC", "TMPDIR=" + filepath.Join(scratch, "tmp"),

@@ -71,8 +71,7 @@ func (a archived) damage(t *testing.T, b listed) harmed {
 	names := a.walObjects(t)
 	segment := names[len(names)-2]
 	d.wal = "wal/main/" + segment[:8] + "/" + segment
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	d.walFile = filepath.Join(dir, segment)
 	a.pgthaw(t, "wal", "fetch", "main", segment, d.walFile).ok(t)
 	for _, key := range []string{d.pack, d.cluster, d.wal} {

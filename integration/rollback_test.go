@@ -146,8 +146,7 @@ func (r rolledBack) testCheck(t *testing.T) {
 
 // A mount comes up, for whoever looks what has happened.
 func (r rolledBack) testMount(t *testing.T) {
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	got := r.alarms(t, r.pgthaw(t, "mount", dir), 0, r.lost, r.end)
 	if !strings.Contains(got.stderr, "pgthaw: warning: ") {
 		t.Errorf("it is no warning:\n%s", got.stderr)
@@ -357,8 +356,7 @@ func TestStateDirectory(t *testing.T) {
 // stateFile is that of the repository in a new state directory of the server's user.
 func (r rolledBack) stateFile(t *testing.T) (dir, file string) {
 	t.Helper()
-	dir = tempDir(t)
-	ownedByPostgres(t, dir)
+	dir = postgresDir(t)
 	hash := sha256.Sum256([]byte("file://" + r.repo))
 	return dir, filepath.Join(dir, "pgthaw", fmt.Sprintf("%s-%x.json", r.id, hash[:16]))
 }

@@ -21,8 +21,7 @@ func (a archived) pgthaw(t *testing.T, args ...string) result {
 // newArchived makes the repository as "repo init" does by itself, which is encrypted; or with other flags.
 func newArchived(t *testing.T, p installation, o clusterOptions, init ...string) archived {
 	t.Helper()
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	repo := filepath.Join(dir, "repo")
 	asPostgres.run(t, append([]string{"repo", "init", repo}, init...)...).ok(t)
 	binary := filepath.Join(scratch, "bin", "pgthaw")
@@ -90,8 +89,7 @@ func TestRoundTrip(t *testing.T) {
 // restoreAndCheck restores the latest backup, has it recover, and compares it with the ledger.
 func (a archived) restoreAndCheck(t *testing.T, l *ledger, target []string, least, most int) {
 	t.Helper()
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	data := filepath.Join(dir, "data")
 	args := []string{"restore", "main", "latest", "--target", data}
 	for _, name := range []string{"fast", "slow"} {

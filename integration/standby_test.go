@@ -54,8 +54,7 @@ func TestBackupOfStandby(t *testing.T) {
 				for _, to := range []point{
 					exact(all), exact(m.n, "--to-name", m.name), {[]string{"--to-immediate"}, least, m.n},
 				} {
-					dir := tempDir(t)
-					ownedByPostgres(t, dir)
+					dir := postgresDir(t)
 					args := append(to.args, "--tablespace-mapping", filepath.Join(r.data, "..", "tablespace fast")+"="+filepath.Join(dir, "fast"))
 					c := a.start(t, asPostgres, path, args...)
 					l.check(c.cluster, to.least, to.most)
@@ -79,8 +78,7 @@ func TestBackupOfStandbyAlone(t *testing.T) {
 	for _, p := range majors(t) {
 		t.Run(p.String(), func(t *testing.T) {
 			t.Parallel()
-			dir := tempDir(t)
-			ownedByPostgres(t, dir)
+			dir := postgresDir(t)
 			a := archived{newCluster(t, p, smallSegments), filepath.Join(dir, "repo")}
 			a.pgthaw(t, append([]string{"repo", "init", a.repo}, plainFor(p, 18)...)...).ok(t)
 			r := a.Replica()

@@ -98,8 +98,7 @@ var regressLine = regexp.MustCompile(`(?m)^(?:test| {4,})\s*(\S+)\s+\.\.\. (?:fa
 
 func regress(t *testing.T, c *cluster, dir string) regressed {
 	t.Helper()
-	source, out := filepath.Join(dir, "src/test/regress"), tempDir(t)
-	ownedByPostgres(t, out)
+	source, out := filepath.Join(dir, "src/test/regress"), postgresDir(t)
 	text, _ := suiteCommand(t, asPostgres, out, nil, filepath.Join(c.bin, "../lib/pgxs/src/test/regress/pg_regress"),
 		"--inputdir", source, "--outputdir", out, "--dlpath", filepath.Join(dir, "lib"), "--bindir", c.bin, "--schedule", filepath.Join(source, "parallel_schedule"),
 		"--max-concurrent-tests", "20", "--host", "127.0.0.1", "--port", fmt.Sprint(c.port), "--user", "postgres")
@@ -186,17 +185,10 @@ func TestSuiteRecovery(t *testing.T) {
 func (p installation) prove(t *testing.T, dir, test, room string) (string, error) {
 	t.Helper()
 	env := []string{
-		"PATH=" + p.bin + ":" + os.Getenv("PATH"), "TESTDIR=" + room, "TMPDIR=" + socketRoom(t), "with_openssl=", "PGPORT=" + fmt.Sprint(freePort(t)),
+		"PATH=" + p.bin + ":" + os.Getenv("PATH"), "TESTDIR=" + room, "TMPDIR=" + postgresDir(t), "with_openssl=", "PGPORT=" + fmt.Sprint(freePort(t)),
 		"PG_REGRESS=" + filepath.Join(p.bin, "../lib/pgxs/src/test/regress/pg_regress"), "REGRESS_SHLIB=" + filepath.Join(dir, "lib/regress.so"),
 	}
 	return suiteCommand(t, asPostgres, filepath.Join(dir, "src/test/recovery"), env, "prove", "-I", filepath.Join(dir, "src/test/perl"), "-I", ".", test)
-}
-
-// socketRoom is for the directories of sockets, of which a test that fails leaves some.
-func socketRoom(t *testing.T) string {
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
-	return dir
 }
 
 func tail(text string) string { return text[max(0, len(text)-5000):] }

@@ -32,8 +32,7 @@ func TestTour(t *testing.T) {
 	}
 	p := postgresql(t, 15)
 	c := newCluster(t, p, clusterOptions{pgbenchScale: 1})
-	home := tempDir(t)
-	ownedByPostgres(t, home)
+	home := postgresDir(t)
 	script := strings.ReplaceAll(lines.String(), "5440", strconv.Itoa(freePort(t)))
 	out := typeIn(t, c, home, script)
 	for _, want := range []string{"Repository ", "postgresql.auto.conf", "DELETE 1000", "Connect with: psql", "Recovery ended at", "State"} {

@@ -19,8 +19,7 @@ const walStopped = "FATAL:  could not restore file"
 // fetch runs wal fetch with a path of its own, and gives that.
 func (a archived) fetch(t *testing.T, repo, cluster, name string) (r result, path string) {
 	t.Helper()
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	path = filepath.Join(dir, "RECOVERYXLOG")
 	return asPostgres.run(t, "--repo", repo, "wal", "fetch", cluster, name, path), path
 }
@@ -41,8 +40,7 @@ func (a archived) fetchRefused(t *testing.T, repo, cluster, name string, code in
 // keepingCopies is a cluster that archives both by wal push and by cp, into the directory it gives.
 func keepingCopies(t *testing.T, p installation, o clusterOptions) (a archived, copies string) {
 	t.Helper()
-	copies = tempDir(t)
-	ownedByPostgres(t, copies)
+	copies = postgresDir(t)
 	a = newArchived(t, p, o)
 	a.appendSetting("archive_command", a.SQL("SHOW archive_command")+` && cp "%p" `+copies+"/%f")
 	return a, copies
@@ -283,8 +281,7 @@ func TestWALPush(t *testing.T) {
 	a.waitArchived()
 	other.fillSegments(1)
 	all := a.walObjects(t)
-	dir := tempDir(t)
-	ownedByPostgres(t, dir)
+	dir := postgresDir(t)
 	in := func(name string) string { return filepath.Join(dir, name) }
 	write := func(name string, content []byte) string {
 		if err := os.WriteFile(in(name), content, 0o644); err != nil {
@@ -407,9 +404,7 @@ func TestWALStream(t *testing.T) {
 }
 
 func testStream(t *testing.T, p installation) {
-	copies, dir := tempDir(t), tempDir(t)
-	ownedByPostgres(t, copies)
-	ownedByPostgres(t, dir)
+	copies, dir := postgresDir(t), postgresDir(t)
 	conf := []string{"fsync = off", "archive_mode = on", `archive_command = 'cp "%p" ` + copies + `/%f'`, "max_wal_size = 32MB", "min_wal_size = 4MB"}
 	c := newCluster(t, p, clusterOptions{walSegmentMB: 1, conf: conf, pgbenchScale: 1})
 	a := archived{c, filepath.Join(dir, "repo")}

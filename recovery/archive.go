@@ -82,10 +82,7 @@ func (a *archive) add(name pg.WALName) error {
 // timeline ended there, so that no record of it is lost: it has the size of a segment, and what lies behind its last
 // record is not valid WAL. It does not where the timeline went on.
 func (a *archive) find(s segment) (pg.WALName, bool) {
-	name, err := pg.ParseWALName(pg.SegmentName(s.timeline, s.no, a.size))
-	if err != nil {
-		return pg.WALName{}, false
-	}
+	name := pg.SegmentName(s.timeline, s.no, a.size)
 	if a.segments[s] {
 		return name, true
 	}
@@ -93,7 +90,9 @@ func (a *archive) find(s segment) (pg.WALName, bool) {
 	return name, a.partials[s] && a.newest[s.timeline] == s.no
 }
 
-func (a *archive) segmentName(s segment) string { return pg.SegmentName(s.timeline, s.no, a.size) }
+func (a *archive) segmentName(s segment) string {
+	return pg.SegmentName(s.timeline, s.no, a.size).String()
+}
 
 // stretch is the part of a line that belongs to one timeline.
 type stretch struct {

@@ -149,10 +149,8 @@ func (d *daemon) serve(ctx context.Context, ready func() error) error {
 		g.Go(func() error { d.recordStart(answering, m); return nil })
 	}
 	d.ahead = newWALAhead(d, b)
-	if d.mode.held { // the server is about to start
-		g.Go(func() error { d.ahead.begin(answering); return nil })
-	}
-	g.Go(func() error { d.ahead.run(answering); return nil })
+	starting := d.mode.held
+	g.Go(func() error { d.ahead.run(answering, starting); return nil })
 	g.Go(func() error {
 		return serveControl(control, owner, func(q request) reply { return d.answer(answering, q) })
 	})

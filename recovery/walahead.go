@@ -119,14 +119,16 @@ func (a *walAhead) after(from pg.WALName, n int64) pg.WALName {
 	if err != nil {
 		return from
 	}
-	name, _ := pg.ParseWALName(pg.SegmentName(from.Timeline, no+uint64(n), a.size))
-	return name
+	return pg.SegmentName(from.Timeline, no+uint64(n), a.size)
 }
 
-// run follows recovery until ctx ends.
-func (a *walAhead) run(ctx context.Context) {
+// run follows recovery until ctx ends. starting: the server is about to start.
+func (a *walAhead) run(ctx context.Context, starting bool) {
 	var reading sync.WaitGroup
 	defer reading.Wait()
+	if starting {
+		a.begin(ctx, &reading)
+	}
 	idle := time.NewTimer(aheadIdle)
 	defer idle.Stop()
 	for {
@@ -147,8 +149,8 @@ func (a *walAhead) run(ctx context.Context) {
 // firstSegments is how many are read before recovery asks for any: while PostgreSQL starts there is time for so many.
 const firstSegments = 2
 
-// begin reads the segments that recovery begins with.
-func (a *walAhead) begin(ctx context.Context) {
+// begin begins to read the segments that recovery begins with.
+func (a *walAhead) begin(ctx context.Context, reading *sync.WaitGroup) {
 	m := a.b.Manifest
 	redo, tli := m.StartLSN, m.Timeline
 	if i := m.Image; i != nil {
@@ -157,15 +159,10 @@ func (a *walAhead) begin(ctx context.Context) {
 			return
 		}
 	}
-	n, err := pg.ParseWALName(pg.SegmentName(tli, a.size.Segment(redo), a.size))
-	if err != nil {
-		return
-	}
-	var reading sync.WaitGroup
+	n := pg.SegmentName(tli, a.size.Segment(redo), a.size)
 	for i := range int64(firstSegments) {
-		a.readOne(ctx, a.after(n, i), &reading)
+		a.readOne(ctx, a.after(n, i), reading)
 	}
-	reading.Wait()
 }
 
 // release forgets all WAL.

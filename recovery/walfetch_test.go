@@ -23,7 +23,7 @@ func TestFetchWAL(t *testing.T) {
 	}
 	size := s.control().SegmentSize
 	first := s.firstArchived()
-	name := func(no uint64) string { return pg.SegmentName(1, first+no-1, size) }
+	name := func(no uint64) string { return pg.SegmentName(1, first+no-1, size).String() }
 	s.push(name(3)) // a gap
 	// The last segment came only as a partial one, as a promotion leaves it.
 	last := filepath.Join(s.archive, name(6))
@@ -58,7 +58,7 @@ func TestFetchWAL(t *testing.T) {
 		{name(6) + ".partial", "", wal(name(6) + ".partial")},
 		{name(7), gone, nil},
 		{name(0), other, nil}, // before all that is there
-		{pg.SegmentName(2, first+5, size), gone, nil},
+		{pg.SegmentName(2, first+5, size).String(), gone, nil},
 		{"00000002.history", "", promoted},
 		{"00000003.history", gone, nil},
 		{"RECOVERYXLOG", other, nil},

@@ -75,11 +75,7 @@ func testSegmentContent(tli pg.Timeline, no uint64) []byte {
 }
 
 func testSegment(tli pg.Timeline, no uint64) pg.WALName {
-	name, err := pg.ParseWALName(pg.SegmentName(tli, no, testSegmentSize))
-	if err != nil {
-		panic(err)
-	}
-	return name
+	return pg.SegmentName(tli, no, testSegmentSize)
 }
 
 // backupAt writes a backup that needs WAL segments first to last of timeline 1, with the last of them in its pg_wal.

@@ -99,8 +99,7 @@ func (w *clusterWAL) nameOf(l walLine, no uint64) pg.WALName {
 			tli = s.timeline
 		}
 	}
-	name, _ := pg.ParseWALName(pg.SegmentName(tli, no, w.cl.size)) // it reads what it wrote
-	return name
+	return pg.SegmentName(tli, no, w.cl.size)
 }
 
 // knownMissing tells whether a WAL file lies in a gap that was reported.

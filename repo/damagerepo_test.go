@@ -125,13 +125,7 @@ func writeDamaged(t *testing.T, r *Repository, files testFiles) wrote {
 	return w
 }
 
-func damagedSegment(no uint64) pg.WALName {
-	name, err := pg.ParseWALName(pg.SegmentName(1, no, damagedSegmentSize))
-	if err != nil {
-		panic(err)
-	}
-	return name
-}
+func damagedSegment(no uint64) pg.WALName { return pg.SegmentName(1, no, damagedSegmentSize) }
 
 // damagedWAL is a segment of two blocks, the second one of zeros if its number is even. No record is in it.
 func damagedWAL(no uint64) []byte {

@@ -62,11 +62,7 @@ func putSegment(t *testing.T, r *repo.Repository, cluster string) {
 	binary.LittleEndian.PutUint64(seg[24:], testSystemID)
 	binary.LittleEndian.PutUint32(seg[32:], testSegment)
 	binary.LittleEndian.PutUint32(seg[36:], 8192)
-	name, err := pg.ParseWALName(pg.SegmentName(1, 2, testSegment))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := r.PutWAL(t.Context(), cluster, name, seg); err != nil {
+	if err := r.PutWAL(t.Context(), cluster, pg.SegmentName(1, 2, testSegment), seg); err != nil {
 		t.Fatal(err)
 	}
 }

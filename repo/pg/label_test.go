@@ -11,7 +11,7 @@ func TestParseBackupLabelGolden(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got.StartTime == "" || got.Checkpoint <= got.StartWAL || SegmentName(1, SegmentSize(mib).Segment(got.StartWAL), mib) != got.StartFile {
+		if got.StartTime == "" || got.Checkpoint <= got.StartWAL || SegmentName(1, SegmentSize(mib).Segment(got.StartWAL), mib).String() != got.StartFile {
 			t.Errorf("%s: %+v", major, got)
 		}
 		want := BackupLabel{StartWAL: got.StartWAL, StartFile: got.StartFile, Checkpoint: got.Checkpoint, StartTime: got.StartTime,

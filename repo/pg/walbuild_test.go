@@ -102,8 +102,7 @@ func (w *walBuilder) segment() []byte {
 }
 
 func (w *walBuilder) name() WALName {
-	n, _ := ParseWALName(SegmentName(w.timeline, SegmentSize(mib).Segment(w.start), mib))
-	return n
+	return SegmentName(w.timeline, SegmentSize(mib).Segment(w.start), mib)
 }
 
 // scan is ScanWAL of the segment.

@@ -131,10 +131,9 @@ func (n WALName) SegmentNo(size SegmentSize) (uint64, error) {
 	return uint64(n.Log)*size.perLog() + uint64(n.Seg), nil
 }
 
-// SegmentName is the file name of segment segno on timeline tli (XLogFileName).
-func SegmentName(tli Timeline, segno uint64, size SegmentSize) string {
-	n := WALName{Timeline: tli, Log: uint32(segno / size.perLog()), Seg: uint32(segno % size.perLog())}
-	return n.String()
+// SegmentName is the name of segment segno on timeline tli (XLogFileName).
+func SegmentName(tli Timeline, segno uint64, size SegmentSize) WALName {
+	return WALName{Timeline: tli, Log: uint32(segno / size.perLog()), Seg: uint32(segno % size.perLog())}
 }
 
 // HistoryName is the name of the history file of timeline tli, "00000002.history".

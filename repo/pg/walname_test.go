@@ -50,7 +50,7 @@ func TestSegmentNumbers(t *testing.T) {
 		{1024 * mib, 3, "000000010000000000000003"},
 		{1024 * mib, 4, "000000010000000100000000"},
 	} {
-		name := SegmentName(1, c.segno, c.size)
+		name := SegmentName(1, c.segno, c.size).String()
 		n, err := ParseWALName(name)
 		if name != c.name || err != nil {
 			t.Fatalf("segment %d of %d bytes is %s, want %s (%v)", c.segno, c.size, name, c.name, err)
@@ -98,7 +98,7 @@ func FuzzParseWALName(f *testing.F) {
 		if n.String() != name {
 			t.Errorf("%q became %q", name, n)
 		}
-		if segno, err := n.SegmentNo(mib); err == nil && n.Kind == WALSegment && SegmentName(n.Timeline, segno, mib) != name {
+		if segno, err := n.SegmentNo(mib); err == nil && n.Kind == WALSegment && SegmentName(n.Timeline, segno, mib) != n {
 			t.Errorf("%q is segment %d, which is %q", name, segno, SegmentName(n.Timeline, segno, mib))
 		}
 	})

@@ -34,6 +34,7 @@ type request struct {
 	Command string `json:"command"`
 	Cluster string `json:"cluster,omitempty"` // of WAL
 	WAL     string `json:"wal,omitempty"`     // its file's name
+	Put     string `json:"put,omitempty"`     // the name in pg_wal that it may be given there, instead of its bytes
 }
 
 type reply struct {
@@ -42,8 +43,9 @@ type reply struct {
 	Absent bool          `json:"absent,omitempty"` // the error is repo.ErrNoWAL
 	Status OverlayStatus `json:"status,omitzero"`
 	Bytes  int64         `json:"bytes,omitempty"` // of WAL
+	Put    bool          `json:"put,omitempty"`   // it lies in pg_wal
 
-	wal []byte // follows the line
+	wal []byte // follows the line, if it does not lie in pg_wal
 }
 
 const (
@@ -132,7 +134,7 @@ func converse(conn net.Conn, q request) (r reply, err error) {
 	if err != nil {
 		return r, err
 	}
-	if err := json.Unmarshal(line, &r); err != nil || r.Bytes == 0 {
+	if err := json.Unmarshal(line, &r); err != nil || r.Bytes == 0 || r.Put {
 		return r, err
 	}
 	if r.Bytes < 0 || r.Bytes > maxWALFile {
@@ -204,7 +206,6 @@ func serveOne(conn *net.UnixConn, owner int, answer func(request) reply) {
 	if trusted(uid) || uid == owner && q.Command == commandWAL {
 		r = answer(q)
 	}
-	r.Bytes = int64(len(r.wal))
 	conn.SetDeadline(time.Now().Add(controlTimeout))
 	if err := json.NewEncoder(conn).Encode(r); err == nil {
 		_, _ = conn.Write(r.wal)

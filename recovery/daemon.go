@@ -493,10 +493,14 @@ func (d *daemon) answer(ctx context.Context, q request) reply {
 func (d *daemon) wal(ctx context.Context, q request) (r reply) {
 	err := fmt.Errorf("this is a copy of cluster %s, not of %s", d.record.Cluster, q.Cluster)
 	if q.Cluster == d.record.Cluster {
-		r.wal, err = d.ahead.get(ctx, q.WAL)
+		r.wal, r.Put, err = d.ahead.get(ctx, q.WAL, q.Put)
 	}
 	if err != nil {
 		return reply{Error: err.Error(), Absent: errors.Is(err, repo.ErrNoWAL)}
+	}
+	r.Bytes = int64(len(r.wal))
+	if r.Put {
+		r.wal = nil
 	}
 	return r
 }

@@ -31,9 +31,13 @@ type walAhead struct {
 	pages  walPages   // owned by run
 	parsed pg.WALName // the last segment that pages took in; owned by run
 
-	mu    sync.Mutex
-	asked pg.WALName // the segment that recovery asked for last; the zero name: none
-	files map[pg.WALName]*aheadFile
+	mu      sync.Mutex
+	changed *sync.Cond // what readers look at
+	asked   pg.WALName // the segment that recovery asked for last; the zero name: none
+	ahead   int64      // so many behind it are to be read
+	reading int        // so many are being read
+	late    bool       // recovery had to wait for one
+	files   map[pg.WALName]*aheadFile
 }
 
 // aheadFile is a segment that somebody reads, or has read when done is closed.
@@ -41,29 +45,62 @@ type aheadFile struct {
 	done    chan struct{}
 	content []byte
 	err     error
+	staged  stagedFile
 }
 
 func newWALAhead(d *daemon, b *repo.Backup) *walAhead {
-	return &walAhead{d: d, b: b, size: b.Manifest.SegmentSize, wake: make(chan struct{}, 1),
+	a := &walAhead{d: d, b: b, size: b.Manifest.SegmentSize, wake: make(chan struct{}, 1),
 		files: map[pg.WALName]*aheadFile{}, versionDirs: map[uint32]string{}}
+	a.changed = sync.NewCond(&a.mu)
+	return a
 }
 
-// get answers recovery.
-func (a *walAhead) get(ctx context.Context, name string) ([]byte, error) {
+// get answers recovery: with the content of a file of WAL, or by putting it into pg_wal as the free name put, if that is not "" and
+// the file is a segment.
+func (a *walAhead) get(ctx context.Context, name, put string) (content []byte, done bool, err error) {
 	n, err := pg.ParseWALName(name)
 	if err != nil || n.Kind != pg.WALSegment {
-		return walFile(ctx, a.d.repo, a.d.record.Cluster, name)
+		content, err = walFile(ctx, a.d.repo, a.d.record.Cluster, name)
+		return content, false, err
 	}
+	began := time.Now()
+	f, err := a.segment(ctx, n)
+	if err != nil {
+		return nil, false, err
+	}
+	late := time.Since(began) > time.Millisecond
+	if put != "" {
+		a.stage(n, f)
+		done = f.staged.linkAs(a.d.bare, put)
+	}
+	a.ask(n, late)
+	return f.content, done, nil
+}
+
+// segment is what recovery asked for, read.
+func (a *walAhead) segment(ctx context.Context, n pg.WALName) (*aheadFile, error) {
+	load := func() ([]byte, error) { return walFile(ctx, a.d.repo, a.d.record.Cluster, n.String()) }
 	f, mine := a.claim(n)
 	if mine {
-		f.read(func() ([]byte, error) { return walFile(ctx, a.d.repo, a.d.record.Cluster, name) })
+		f.read(load)
 	}
 	<-f.done
-	a.ask(n, f.err)
-	if f.err != nil && !mine {
-		return walFile(ctx, a.d.repo, a.d.record.Cluster, name)
+	if f.err == nil {
+		return f, nil
 	}
-	return f.content, f.err
+	a.forget(n, f)
+	if !mine { // what was read ahead is not the last word
+		f = &aheadFile{done: f.done}
+		f.content, f.err = load()
+	}
+	return f, f.err
+}
+
+// stage lays a segment beneath the mount.
+func (a *walAhead) stage(n pg.WALName, f *aheadFile) {
+	if err := f.staged.put(a.d.bare, f.content); err != nil {
+		a.d.log.Debug("WAL is handed to recovery as bytes", "wal", n.String(), "error", err)
+	}
 }
 
 // read has load read the segment.
@@ -83,24 +120,26 @@ func (a *walAhead) claim(n pg.WALName) (f *aheadFile, mine bool) {
 	return f, mine
 }
 
-// ask notes where recovery is, and forgets what it has left behind, and the file itself if it could not be read.
-func (a *walAhead) ask(n pg.WALName, err error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if err != nil {
-		delete(a.files, n)
-		return
-	}
-	a.asked = n
-	for old := range a.files {
-		if ahead, ok := a.distance(n, old); !ok || ahead < 0 || ahead > a.window() {
-			delete(a.files, old)
-		}
-	}
+// ask notes where recovery is, and whether it had to wait, and forgets what it has left behind.
+func (a *walAhead) ask(n pg.WALName, late bool) {
+	a.expect(n, a.window(), late)
+	a.release(func(old pg.WALName) bool {
+		ahead, ok := a.distance(n, old)
+		return !ok || ahead < 0 || ahead > a.window()
+	})
 	select {
 	case a.wake <- struct{}{}:
 	default:
 	}
+}
+
+// expect has so many segments read that lie behind one. What comes too late is read with others at a time, and else one after the
+// other: it takes processor time from a server that is just starting.
+func (a *walAhead) expect(n pg.WALName, ahead int64, late bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.asked, a.ahead, a.late = n, ahead, late
+	a.changed.Broadcast()
 }
 
 // distance is how many segments a name lies behind another one of its timeline.
@@ -124,10 +163,18 @@ func (a *walAhead) after(from pg.WALName, n int64) pg.WALName {
 
 // run follows recovery until ctx ends. starting: the server is about to start.
 func (a *walAhead) run(ctx context.Context, starting bool) {
-	var reading sync.WaitGroup
-	defer reading.Wait()
+	if err := a.d.bare.clearStage(); err != nil {
+		a.d.log.Debug("WAL cannot be laid beneath the mount", "error", err)
+	}
+	var readers sync.WaitGroup
+	defer a.forgetAll()
+	defer readers.Wait()
+	defer context.AfterFunc(ctx, a.wakeReaders)()
+	for range 1 + a.window() {
+		readers.Go(func() { a.readAhead(ctx) })
+	}
 	if starting {
-		a.begin(ctx, &reading)
+		a.begin()
 	}
 	idle := time.NewTimer(aheadIdle)
 	defer idle.Stop()
@@ -136,21 +183,21 @@ func (a *walAhead) run(ctx context.Context, starting bool) {
 		case <-ctx.Done():
 			return
 		case <-idle.C:
-			a.release()
+			a.forgetAll()
 			continue
 		case <-a.wake:
 		}
-		for a.readAhead(ctx, &reading); a.parseNext(ctx); a.readAhead(ctx, &reading) {
+		for a.parseNext(ctx) {
 		}
 		idle.Reset(aheadIdle)
 	}
 }
 
 // firstSegments is how many are read before recovery asks for any: while PostgreSQL starts there is time for so many.
-const firstSegments = 2
+const firstSegments = int64(2)
 
-// begin begins to read the segments that recovery begins with.
-func (a *walAhead) begin(ctx context.Context, reading *sync.WaitGroup) {
+// begin has the segments read that recovery begins with.
+func (a *walAhead) begin() {
 	m := a.b.Manifest
 	redo, tli := m.StartLSN, m.Timeline
 	if i := m.Image; i != nil {
@@ -159,41 +206,84 @@ func (a *walAhead) begin(ctx context.Context, reading *sync.WaitGroup) {
 			return
 		}
 	}
-	n := pg.SegmentName(tli, a.size.Segment(redo), a.size)
-	for i := range int64(firstSegments) {
-		a.readOne(ctx, a.after(n, i), reading)
-	}
+	a.expect(pg.SegmentName(tli, a.size.Segment(redo)-1, a.size), min(firstSegments, 1+a.window()), false)
 }
 
-// release forgets all WAL.
-func (a *walAhead) release() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	clear(a.files)
+// forgetAll forgets all WAL.
+func (a *walAhead) forgetAll() {
+	a.release(func(pg.WALName) bool { return true })
 	a.pages, a.parsed = walPages{}, pg.WALName{}
 }
 
-// readAhead begins to read what the window has and nobody reads yet.
-func (a *walAhead) readAhead(ctx context.Context, reading *sync.WaitGroup) {
+// release forgets the segments that are over.
+func (a *walAhead) release(over func(pg.WALName) bool) {
+	var released []*aheadFile
 	a.mu.Lock()
-	asked := a.asked
+	for n, f := range a.files {
+		if over(n) {
+			released = append(released, f)
+			delete(a.files, n)
+		}
+	}
 	a.mu.Unlock()
-	for i := range a.window() {
-		a.readOne(ctx, a.after(asked, i+1), reading)
+	for _, f := range released {
+		f.staged.remove(a.d.bare)
 	}
 }
 
-func (a *walAhead) readOne(ctx context.Context, n pg.WALName, reading *sync.WaitGroup) {
-	f, mine := a.claim(n)
-	if !mine {
-		return
-	}
-	reading.Go(func() {
+// readAhead reads one segment after the other, until ctx ends.
+func (a *walAhead) readAhead(ctx context.Context) {
+	for {
+		n, f := a.claimAhead(ctx)
+		if f == nil {
+			return
+		}
 		f.read(func() ([]byte, error) { return a.d.repo.WAL(ctx, a.d.record.Cluster, n) })
-		if f.err != nil {
+		if f.err == nil {
+			a.stage(n, f)
+		} else {
 			a.forget(n, f)
 		}
-	})
+		a.wasRead(n, f.err)
+	}
+}
+
+func (a *walAhead) wakeReaders() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.changed.Broadcast()
+}
+
+// claimAhead waits for a segment that is to be read. nil: ctx has ended.
+func (a *walAhead) claimAhead(ctx context.Context) (pg.WALName, *aheadFile) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for ; ctx.Err() == nil; a.changed.Wait() {
+		if a.reading > 0 && !a.late {
+			continue
+		}
+		for i := range a.ahead {
+			n := a.after(a.asked, i+1)
+			if a.files[n] == nil {
+				f := &aheadFile{done: make(chan struct{})}
+				a.files[n] = f
+				a.reading++
+				return n, f
+			}
+		}
+	}
+	return pg.WALName{}, nil
+}
+
+// wasRead ends a claim. What lies behind one that could not be read is not read until recovery asks again.
+func (a *walAhead) wasRead(n pg.WALName, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.reading--
+	if until, ok := a.distance(a.asked, n); err != nil && ok && until > 0 {
+		a.ahead = min(a.ahead, until-1)
+	}
+	a.changed.Broadcast()
 }
 
 // forget lets who asks for a segment that could not be read try for himself.

@@ -32,14 +32,33 @@ func FetchOverlayWAL(ctx context.Context, dir, cluster, name, path string) error
 	if err != nil {
 		return err
 	}
-	r, err := askFor(ctx, dir, request{Command: commandWAL, Cluster: cluster, WAL: name})
+	q := request{Command: commandWAL, Cluster: cluster, WAL: name}
+	if at, err := canonical(filepath.Dir(path)); err == nil && at == filepath.Join(dir, "pg_wal") {
+		q.Put = filepath.Base(path)
+	}
+	r, err := askFor(ctx, dir, q)
 	if err != nil {
 		return err
+	}
+	if r.Put {
+		return checkPut(path, r.Bytes)
 	}
 	if len(r.wal) == 0 {
 		return fmt.Errorf("the daemon of %s gave no bytes for %s", dir, name)
 	}
 	return putInPlace(path, r.wal)
+}
+
+// checkPut makes sure of what the daemon put in place, where its caller sees it.
+func checkPut(path string, size int64) error {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return err
+	}
+	if info.Size() != size {
+		return fmt.Errorf("%s has %d bytes instead of %d", path, info.Size(), size)
+	}
+	return nil
 }
 
 // walFile is the content of the WAL file called name, or of what may stand for it.

@@ -85,7 +85,8 @@ type Overlay struct {
 var ErrUnmounted = errors.New("the overlay is not mounted any more")
 
 // validity is how long the kernel may believe what it was told of names and attributes: nobody but the mount changes
-// them, and the kernel knows what it changes itself.
+// them, and the kernel knows what it changes itself. (New names below the root may appear beneath it: what is absent there
+// is not remembered.)
 const validity = time.Hour
 
 // overlayReadAheadKB makes lazy sequential scans 1.4 to 1.7 times as fast as the kernel's 128 KiB. It takes root.

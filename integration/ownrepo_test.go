@@ -61,13 +61,19 @@ func TestRepositoryOfRoot(t *testing.T) {
 // testFetchFromOverlay asks the daemon of the overlay at data for every kind of answer.
 func (a archived) testFetchFromOverlay(t *testing.T, data string) {
 	all := a.walObjects(t)
-	for _, name := range all {
-		path := a.overlayPath(t)
-		asPostgres.run(t, "--repo", a.repo, "wal", "fetch", "--overlay", data, "main", name, path).ok(t)
+	into := filepath.Join(data, "pg_wal/RECOVERYXLOG")
+	for i, name := range all {
 		want := a.overlayPath(t)
 		pgthaw(t, "--repo", a.repo, "wal", "fetch", "main", name, want).ok(t)
-		sameAs(t, path, want)
+		for _, path := range []string{a.overlayPath(t), into} { // there the segment before lies
+			asPostgres.run(t, "--repo", a.repo, "wal", "fetch", "--overlay", data, "main", name, path).ok(t)
+			sameAs(t, path, want)
+		}
+		if i%2 == 0 { // as PostgreSQL takes it away
+			os.Remove(into)
+		}
 	}
+	os.Remove(into)
 	last := all[len(all)-1]
 	a.overlayRefuses(t, asPostgres, data, "main", last[:8]+"FFFFFFFF000000FF", 1)
 	a.overlayRefuses(t, asPostgres, data, "main", "00000009.history", 1)

@@ -14,8 +14,8 @@
 //   - an overlay is a data directory that [Thaw] laid and whose daemon, [Serve], mounts and fills; [Status], [Resume],
 //     [Finish] and [Discard] speak to it over a control socket, or read what it left when it died.
 //   - starting is the start of a server on an overlay: what it wants of the repository is recorded (startrecord.go), and read
-//     beforehand at the next thaw. walAhead (walahead.go) reads WAL before recovery asks for it, and the pages that redo will read.
-//     Both are for speed only, and fail silently.
+//     beforehand at the next thaw. walAhead (walahead.go) reads WAL before recovery asks for it, has it ready as
+//     files (walstage.go), and reads the pages that redo will read. All that is for speed only, and fails silently.
 //
 // Invariants. Nothing is written before every check has passed. [FetchWAL] says "no such file" only where PostgreSQL may
 // take that for the end of WAL (xlogarchive.c). A directory that is not whole cannot start: a restore writes

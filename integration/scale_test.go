@@ -43,19 +43,44 @@ func TestManyRelations(t *testing.T) {
 	checkRelations(t, c, all)
 	c.Stop()
 
+	a.thawMany(t, all)
+}
+
+// thawMany uses a copy while nothing is hydrated, and while all is.
+func (a archived) thawMany(t *testing.T, all string) {
+	t.Helper()
 	data := newTarget(t)
 	t.Cleanup(func() { discard(t, data) })
-	t.Logf("thaw %v", a.measured(t, "thaw", "main", "latest", "--target", data, "--bindir", p.bin, "--hydrate", "off").took)
-	c = adopt(t, p, data)
+	t.Logf("thaw %v", a.measured(t, "thaw", "main", "latest", "--target", data, "--bindir", a.bin, "--hydrate", "off").took)
+	c := adopt(t, a.installation, data)
 	checkRelations(t, c, all)
 	shellAs(t, "postgres", "ls -lR "+data+" | wc -l")
-	peak := peakMemory(t, overlayStatus(t, asPostgres, data).PID)
-	t.Logf("the daemon's peak is %d MB", peak>>20)
-	if peak > memoryLimit {
-		t.Errorf("the daemon needs %d bytes of memory", peak)
+	daemonWithinLimit(t, "nothing hydrated", data)
+
+	began := time.Now()
+	asPostgres.run(t, "overlay", "finish", data).exits(t, 1, 17, 19) // the server runs
+	t.Logf("hydrated in %v", time.Since(began))
+	checkRelations(t, c, all)
+	if st := daemonWithinLimit(t, "hydrated", data); st.State != "hydrated" {
+		t.Errorf("status is %+v", st)
 	}
 	c.Stop()
-	asPostgres.run(t, "overlay", "discard", data).ok(t)
+	asPostgres.run(t, "overlay", "finish", data).ok(t)
+	c.Start()
+	checkRelations(t, c, all)
+	c.Stop()
+}
+
+// daemonWithinLimit looks at the most memory that an overlay's daemon had up to now.
+func daemonWithinLimit(t *testing.T, when, data string) thawed {
+	t.Helper()
+	st := overlayStatus(t, asPostgres, data)
+	peak := peakMemory(t, st.PID)
+	t.Logf("%s: the daemon's peak is %d MB", when, peak>>20)
+	if peak > memoryLimit {
+		t.Errorf("%s: the daemon needs %d bytes of memory", when, peak)
+	}
+	return st
 }
 
 // makeRelations makes small tables, a row in each.

@@ -127,6 +127,12 @@ func TestSuiteStress(t *testing.T) {
 			t.Logf("stress-ng %s: %v, natively as well: %s", name, err, tail(nativeOut))
 		}
 		t.Logf("%d of %d stressors succeed", succeeded, len(stressors))
+		left, _ := filepath.Glob(filepath.Join(room, "stress-open-*")) // it may end between open and unlink
+		for _, name := range left {
+			if err := os.Remove(name); err != nil {
+				t.Error(err)
+			}
+		}
 	})
 }
 

@@ -31,6 +31,7 @@ import (
 // nothing is said to be absent, but everything is ErrOutOfReach. So whoever opens a store reads first what stays in it.
 type File struct {
 	root string
+	kept *kept // nil: no file is kept open
 
 	mu      sync.Mutex
 	witness string          // key of the object that was read first; "": none yet
@@ -371,8 +372,32 @@ func (s *File) read(key string, off, n int64) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	return readRange(f, off, n)
+	b, err := readRange(f, off, n)
+	if s.kept != nil && err == nil && n >= 0 {
+		s.kept.keep(key, f)
+	} else {
+		f.Close()
+	}
+	return b, err
+}
+
+// KeepOpen has parts of objects ready for Cached. It is for a store that is read often, by few; Close ends it.
+func (s *File) KeepOpen() { s.kept = &kept{} }
+
+// Cached is Get for what lies in memory: it never waits for the medium. false: Get has to be asked.
+func (s *File) Cached(key string, off, n int64) ([]byte, bool) {
+	if s.kept == nil || n < 0 {
+		return nil, false
+	}
+	return s.kept.read(key, off, n)
+}
+
+// Close closes what is kept open. The store can still be used.
+func (s *File) Close() error {
+	if s.kept != nil {
+		s.kept.close(false)
+	}
+	return nil
 }
 
 // openAgain opens what seems to be absent in a directory that is sure to be the store's.

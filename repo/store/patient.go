@@ -43,6 +43,9 @@ type Patient struct {
 
 // NewPatient makes readers of s wait up to limit.
 func NewPatient(s Store, limit time.Duration, log *slog.Logger) *Patient {
+	if f, ok := s.(*File); ok {
+		f.KeepOpen()
+	}
 	return &Patient{Store: s, limit: limit, log: log, slots: make(chan struct{}, underWay), waits: map[*Wait]struct{}{}}
 }
 
@@ -76,7 +79,20 @@ func (p *Patient) Get(ctx context.Context, key string, off, n int64) ([]byte, er
 	if err := checkKey(key); err != nil {
 		return nil, err
 	}
+	if f, ok := p.Store.(*File); ok {
+		if b, ok := f.Cached(key, off, n); ok {
+			return b, nil
+		}
+	}
 	return persist(ctx, p, key, func(ctx context.Context, _ func()) ([]byte, error) { return p.Store.Get(ctx, key, off, n) })
+}
+
+// Close closes the store, if that can be closed.
+func (p *Patient) Close() error {
+	if c, ok := p.Store.(io.Closer); ok {
+		return c.Close()
+	}
+	return nil
 }
 
 func (p *Patient) Put(ctx context.Context, key string, body []byte) error {

@@ -395,7 +395,7 @@ func (s *File) Cached(key string, off, n int64) ([]byte, bool) {
 // Close closes what is kept open. The store can still be used.
 func (s *File) Close() error {
 	if s.kept != nil {
-		s.kept.close(false)
+		s.kept.release(func(string, keptFile) bool { return true })
 	}
 	return nil
 }

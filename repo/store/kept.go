@@ -15,10 +15,9 @@ import (
 // instead of 3000 selects a second. They are closed soon: a file that is open keeps its file system mounted, and its room taken when it
 // is deleted.
 type kept struct {
-	mu     sync.Mutex
-	files  map[string]*keptFile
-	sweep  *time.Timer // nil: none is open
-	unable bool        // the file system has no such reads
+	mu    sync.Mutex
+	files map[string]keptFile
+	sweep *time.Timer // nil: none is open
 }
 
 // keptFile is closed by whoever takes it out of the map: os.File lets those finish who are reading.
@@ -38,106 +37,104 @@ func (k *kept) read(key string, off, n int64) ([]byte, bool) {
 	if f == nil {
 		return nil, false
 	}
+	b := make([]byte, n)
+	got, deleted, err := readNow(f, b, off)
+	if deleted { // another object may have its name by now
+		k.release(func(name string, x keptFile) bool { return name == key && x.File == f })
+	}
+	return b, err == nil && got == len(b) && !deleted
+}
+
+// readNow reads what lies in memory. EOPNOTSUPP: the file system cannot tell.
+func readNow(f *os.File, b []byte, off int64) (n int, deleted bool, err error) {
 	raw, err := f.SyscallConn()
 	if err != nil {
-		return nil, false
+		return 0, false, err
 	}
-	b := make([]byte, n)
-	var got int
-	var deleted bool
 	var readErr error
 	err = raw.Control(func(fd uintptr) {
 		var st unix.Stat_t
-		readErr = unix.Fstat(int(fd), &st)
-		if deleted = st.Nlink == 0; readErr == nil && !deleted {
-			got, readErr = unix.Preadv2(int(fd), [][]byte{b}, off, unix.RWF_NOWAIT)
+		if readErr = unix.Fstat(int(fd), &st); readErr == nil {
+			deleted = st.Nlink == 0
+			n, readErr = unix.Preadv2(int(fd), [][]byte{b}, off, unix.RWF_NOWAIT)
 		}
 	})
-	if err != nil { // it was closed meanwhile
-		return nil, false
-	}
-	switch {
-	case errors.Is(readErr, unix.EOPNOTSUPP):
-		k.close(true)
-	case deleted: // another object may have its name by now
-		k.drop(key, f)
-	}
-	return b, readErr == nil && got == len(b)
+	return n, deleted, errors.Join(err, readErr)
 }
 
 func (k *kept) find(key string) *os.File {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	f := k.files[key]
-	if f == nil {
+	f, ok := k.files[key]
+	if !ok {
 		return nil
 	}
 	f.used = time.Now()
+	k.files[key] = f
 	return f.File
 }
 
-// keep takes over a file that was read, or closes it.
+// keep takes over a file that was read: it keeps it, or closes it.
 func (k *kept) keep(key string, f *os.File) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.files[key] != nil || k.unable {
+	if _, _, err := readNow(f, make([]byte, 1), 0); errors.Is(err, unix.EOPNOTSUPP) || !k.add(key, f) {
 		f.Close()
 		return
 	}
-	if len(k.files) == keptFiles {
-		k.closeOldest()
-	}
-	if k.files == nil {
-		k.files = map[string]*keptFile{}
-	}
-	k.files[key] = &keptFile{f, time.Now()}
-	if k.sweep == nil {
-		k.sweep = time.AfterFunc(keptFor, k.closeIdle)
+	if oldest, full := k.oldest(); full {
+		k.release(func(name string, _ keptFile) bool { return name == oldest })
 	}
 }
 
-func (k *kept) closeOldest() {
-	var oldest string
-	for key, f := range k.files {
-		if oldest == "" || f.used.Before(k.files[oldest].used) {
-			oldest = key
+func (k *kept) add(key string, f *os.File) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if _, ok := k.files[key]; ok {
+		return false
+	}
+	if k.files == nil {
+		k.files = map[string]keptFile{}
+	}
+	k.files[key] = keptFile{f, time.Now()}
+	if k.sweep == nil {
+		k.sweep = time.AfterFunc(keptFor, k.closeIdle)
+	}
+	return true
+}
+
+// oldest is what was not used for longest, and whether there are too many.
+func (k *kept) oldest() (key string, full bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for name, f := range k.files {
+		if key == "" || f.used.Before(k.files[key].used) {
+			key = name
 		}
 	}
-	k.files[oldest].Close()
-	delete(k.files, oldest)
+	return key, len(k.files) > keptFiles
 }
 
 // closeIdle closes what nobody has used for keptFor, and looks again as long as there is anything.
 func (k *kept) closeIdle() {
+	k.release(func(_ string, f keptFile) bool { return time.Since(f.used) >= keptFor })
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for key, f := range k.files {
-		if time.Since(f.used) >= keptFor {
-			f.Close()
-			delete(k.files, key)
-		}
-	}
 	if k.sweep = nil; len(k.files) > 0 {
 		k.sweep = time.AfterFunc(keptFor, k.closeIdle)
 	}
 }
 
-func (k *kept) drop(key string, f *os.File) {
+// release closes the files that are over.
+func (k *kept) release(over func(key string, f keptFile) bool) {
+	var released []*os.File
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	if now := k.files[key]; now != nil && now.File == f {
-		f.Close()
-		delete(k.files, key)
-	}
-}
-
-// close closes all.
-func (k *kept) close(unable bool) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
 	for key, f := range k.files {
-		f.Close()
-		delete(k.files, key)
+		if over(key, f) {
+			released = append(released, f.File)
+			delete(k.files, key)
+		}
 	}
-	k.unable = k.unable || unable
+	k.mu.Unlock()
+	for _, f := range released {
+		f.Close()
+	}
 }

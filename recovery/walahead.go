@@ -209,8 +209,9 @@ func (a *walAhead) begin() {
 	a.expect(pg.SegmentName(tli, a.size.Segment(redo)-1, a.size), min(firstSegments, 1+a.window()), false)
 }
 
-// forgetAll forgets all WAL.
+// forgetAll forgets all WAL, and reads none until recovery asks.
 func (a *walAhead) forgetAll() {
+	a.expect(pg.WALName{}, 0, false)
 	a.release(func(pg.WALName) bool { return true })
 	a.pages, a.parsed = walPages{}, pg.WALName{}
 }

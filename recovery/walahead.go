@@ -169,7 +169,7 @@ func (a *walAhead) run(ctx context.Context, starting bool) {
 	var readers sync.WaitGroup
 	defer a.forgetAll()
 	defer readers.Wait()
-	defer context.AfterFunc(ctx, a.wakeReaders)()
+	defer a.wakeReaders() // ctx has ended
 	for range 1 + a.window() {
 		readers.Go(func() { a.readAhead(ctx) })
 	}

@@ -1,14 +1,18 @@
 package recovery
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"pgthaw/repo"
 	"pgthaw/repo/pg"
 )
 
@@ -126,3 +130,35 @@ func TestWALPages(t *testing.T) {
 		t.Errorf("%d spans that were named before, %v", len(again), err)
 	}
 }
+
+// TestWALAheadEnds: whenever the daemon ends, reading ahead does.
+func TestWALAheadEnds(t *testing.T) {
+	bare, err := openBare(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bare.Close()
+	a := newWALAhead(&daemon{log: slog.New(slog.DiscardHandler), bare: bare}, &repo.Backup{Manifest: &repo.Manifest{SegmentSize: pg.DefaultSegmentSize}})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		a.run(stoppedInTime{ctx}, false)
+	}()
+	a.wake <- struct{}{}
+	a.wake <- struct{}{} // it took the first: it is at work
+	cancel()
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Fatal("it goes on")
+	}
+}
+
+// stoppedInTime is a context that has ended, and whose functions for that are stopped before their turn comes.
+type stoppedInTime struct{ context.Context }
+
+func (stoppedInTime) AfterFunc(func()) (stop func() bool) { return func() bool { return true } }
+
+// Value hides the context that package context would know.
+func (stoppedInTime) Value(any) any { return nil }

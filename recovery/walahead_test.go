@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
+	"testing/synctest"
 
 	"pgthaw/repo"
 	"pgthaw/repo/pg"
@@ -138,21 +138,21 @@ func TestWALAheadEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer bare.Close()
-	a := newWALAhead(&daemon{log: slog.New(slog.DiscardHandler), bare: bare}, &repo.Backup{Manifest: &repo.Manifest{SegmentSize: pg.DefaultSegmentSize}})
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		a.run(stoppedInTime{ctx}, false)
-	}()
-	a.wake <- struct{}{}
-	a.wake <- struct{}{} // it took the first: it is at work
-	cancel()
-	select {
-	case <-ended:
-	case <-time.After(10 * time.Second):
-		t.Fatal("it goes on")
-	}
+	synctest.Test(t, func(t *testing.T) {
+		a := newWALAhead(&daemon{log: slog.New(slog.DiscardHandler), bare: bare}, &repo.Backup{Manifest: &repo.Manifest{SegmentSize: pg.DefaultSegmentSize}})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := false
+		go func() {
+			a.run(stoppedInTime{ctx}, false)
+			ended = true
+		}()
+		synctest.Wait() // all wait for work
+		cancel()
+		synctest.Wait()
+		if !ended {
+			t.Fatal("it goes on")
+		}
+	})
 }
 
 // stoppedInTime is a context that has ended, and whose functions for that are stopped before their turn comes.
